@@ -1,0 +1,63 @@
+# make demo | test | test-slow | bench | lint | sanitize | env | gpu; variables: PYTHON, TORCH_INDEX_URL, RESULTS, WHEELS
+PYTHON ?= python3
+RESULTS ?= docs/gpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+.DELETE_ON_ERROR:
+.PHONY: env demo test test-slow bench lint sanitize gpu gpu-build gpu-test gpu-bench gpu-train
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: call make PYTHON=python3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian: python3-venv)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "a C++17 compiler is missing: install g++ or clang++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.13.0
+	$(VENV)/bin/pip install -q -e '.[dev]'
+	touch $@
+
+demo: env
+	$(RUN) -m examples.pronounce --config configs/g2p_demo.yaml
+
+test: env
+	$(RUN) -m pytest
+
+test-slow: env
+	$(RUN) -m pytest -m slow
+
+bench: env
+	$(RUN) -m tools.profile sampling --against transformers
+	$(RUN) -m tools.profile train --against transformers
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+# The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the sampler's tests.
+sanitize: env
+	cmake --version >/dev/null 2>&1 || PATH=$(abspath $(VENV))/bin:$$PATH cmake --version >/dev/null
+	PATH=$(abspath $(VENV))/bin:$$PATH tests/run_sanitized.sh $(abspath $(RUN))
+
+# On a machine with a GPU; needs no network, pip index or git. Each stage stands alone and stays under 8 minutes.
+gpu: gpu-build gpu-test gpu-bench gpu-train
+
+gpu-build:
+	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps $(WHEELS)/*.whl)
+	$(PYTHON) setup.py -q build_ext --inplace
+
+gpu-test:
+	mkdir -p $(RESULTS)
+	$(PYTHON) -m pytest -m gpu --junitxml=$(RESULTS)/gpu-test.xml
+
+gpu-bench:
+	mkdir -p $(RESULTS)
+	$(PYTHON) -m tools.profile train --against transformers --json $(RESULTS)/train.json
+
+gpu-train:
+	mkdir -p $(RESULTS)
+	$(PYTHON) -m train.launch --config configs/guide.yaml training.num_epochs=5 training.name=gpu-guide training.resume=never training.output_dir=$(RESULTS)

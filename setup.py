@@ -1,0 +1,50 @@
+"""Builds the one compiled module, ``kernels._C``, with CMake; everything else is declared in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ["kernels", "models", "engine", "train", "train.data", "tools", "tools.profile"]
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt; ``TANDEM_SANITIZE=1`` asks for the sanitizer build."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            sys.exit("cmake is missing: install it (pip install cmake) and try again")
+        if not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])):
+            sys.exit("a C++17 compiler is missing: install g++ or clang++ and try again")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = ROOT / "build" / ("sanitize" if os.environ.get("TANDEM_SANITIZE") == "1" else "release")
+        configure = [
+            cmake,
+            f"-S{ROOT}",
+            f"-B{build}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTANDEM_OUTPUT_DIRECTORY={target.parent}",
+            f"-DTANDEM_SANITIZE={'ON' if os.environ.get('TANDEM_SANITIZE') == '1' else 'OFF'}",
+        ]
+        if shutil.which("ninja"):
+            configure.append("-GNinja")
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
+
+
+setup(
+    packages=PACKAGES,
+    package_data={"kernels": ["_C.pyi"]},
+    ext_modules=[Extension("kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
