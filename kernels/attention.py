@@ -1,0 +1,163 @@
+"""Scaled dot-product attention over padded or packed batches, for training, prefill and encoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernels import reference
+from kernels.backend import choose
+
+AVAILABLE = ("torch", "reference")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T * softmax_scale) v for each sequence of a batch.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), or packed (tokens_q, heads, head_dim) with ``cu_seqlens_q``.
+        k, v: the same layout with kv_heads, which divides heads; query head h reads kv head h // (heads // kv_heads).
+        causal: aligned bottom-right: query i of a sequence sees keys j <= i + seqlen_k - seqlen_q.
+        softmax_scale: 1 / sqrt(head_dim) unless given.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each packed sequence begins, from 0 to tokens.
+        max_seqlen_q, max_seqlen_k: the longest packed sequence; needed when packed.
+        key_lengths: int (batch,), how many of the padded keys are real.
+        dropout_p: drops attention weights; the caller passes 0 outside training.
+        return_lse: also return the scores' log-sum-exp, float32: (batch, heads, seqlen_q) or packed (heads, tokens_q).
+        backend: ``torch`` (SDPA) or ``reference``; chosen by ``kernels.backend`` unless given.
+
+    Returns the output in q's shape and dtype. A query that sees no key gives zeros (lse -inf).
+    Raises ValueError when shapes or options contradict each other.
+    """
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check(q, k, v, packed, key_lengths)
+    name = choose("attention", AVAILABLE, backend)
+    if not packed:
+        if name == "torch" and not return_lse:
+            return _sdpa(q, k, v, causal, softmax_scale, key_lengths, dropout_p)
+        # SDPA has no log-sum-exp to return, so whoever wants it gets the plain formula.
+        out, lse = reference.attention(
+            q, k, v, causal=causal, softmax_scale=softmax_scale, key_lengths=key_lengths, dropout_p=dropout_p
+        )
+        return (out, lse) if return_lse else out
+    if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
+        raise ValueError("packed attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
+    if key_lengths is not None:
+        raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
+    out, lse = _packed(
+        q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        want_lse=return_lse or name == "reference",
+    )  # fmt: skip
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, packed: bool, key_lengths: Tensor | None) -> None:
+    rank = 3 if packed else 4
+    if q.dim() != rank or k.dim() != rank or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q, k, v must be {'(tokens, heads, head_dim)' if packed else '(batch, seqlen, heads, head_dim)'} with one "
+            f"head_dim, and k and v alike: got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{k.shape[-2]} kv heads do not divide {q.shape[-2]} heads")
+    if not packed and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q holds {q.shape[0]} sequences and k {k.shape[0]}")
+    if key_lengths is not None and key_lengths.shape != q.shape[:1]:
+        raise ValueError(f"key_lengths must be ({q.shape[0]},), got {tuple(key_lengths.shape)}")
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    key_lengths: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    # SDPA's own causal mask is aligned top-left, so it serves square scores only; one query sees every key.
+    square = causal and seqlen_q == seqlen_k and key_lengths is None
+    mask = None
+    if not square:
+        mask = reference.attention_mask(
+            seqlen_q, seqlen_k, causal=causal and seqlen_q > 1, key_lengths=key_lengths, device=q.device
+        )
+    return sdpa_masked(q, k, v, mask, softmax_scale, dropout_p, is_causal=square)
+
+
+def sdpa_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float | None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """torch's SDPA on (batch, seqlen, heads, head_dim), with the contract's zeros for a query that sees no key."""
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
+    return out
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Unpacks into rectangles, since SDPA knows no other shape, and packs the result again."""
+    lengths_q, lengths_k = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
+    keys = torch.arange(max_seqlen_k, device=q.device)
+    mask = (keys[None, :] < lengths_k[:, None])[:, None, None]
+    if causal:
+        rows = torch.arange(max_seqlen_q, device=q.device)[None, :] + (lengths_k - lengths_q)[:, None]
+        mask = mask & (keys[None, None, :] <= rows[:, :, None])[:, None]
+    real_q = torch.arange(max_seqlen_q, device=q.device)[None, :] < lengths_q[:, None]
+    real_k = keys[None, :] < lengths_k[:, None]
+    padded_q, padded_k, padded_v = unpack(q, real_q), unpack(k, real_k), unpack(v, real_k)
+    if want_lse:
+        out, lse = reference.masked_attention(padded_q, padded_k, padded_v, mask, softmax_scale, dropout_p)
+        return out[real_q], lse.transpose(0, 1)[:, real_q]
+    return sdpa_masked(padded_q, padded_k, padded_v, mask, softmax_scale, dropout_p)[real_q], None
+
+
+def unpack(x: Tensor, real: Tensor) -> Tensor:
+    """Packed (tokens, ...) to padded (batch, seqlen, ...), zeros where ``real`` (batch, seqlen) is False."""
+    padded = x.new_zeros(*real.shape, *x.shape[1:])
+    return padded.masked_scatter(real.reshape(*real.shape, *[1] * (x.dim() - 1)), x)

@@ -1,0 +1,70 @@
+"""Attention over a paged key-value cache, and the append that fills it, for decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.attention import sdpa_masked, unpack
+from kernels.backend import choose
+
+AVAILABLE = ("torch", "reference")
+
+
+def append_to_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Writes new keys and values into the cache, in place.
+
+    Args:
+        k, v: (tokens, kv_heads, head_dim).
+        k_cache, v_cache: (num_blocks, block_size, kv_heads, head_dim).
+        slots: int64 (tokens,), each token's block * block_size + offset.
+    """
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    max_seqlen_q: int,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of packed queries over each sequence's cached keys and values.
+
+    Args:
+        q: (tokens, heads, head_dim), any number of queries a sequence.
+        k_cache, v_cache: (num_blocks, block_size, kv_heads, head_dim).
+        block_table: int32 (batch, max_blocks), the blocks of each sequence in order; entries past its end are ignored.
+        cache_seqlens: int32 (batch,), how many keys each sequence has in the cache, the queries' own included.
+        cu_seqlens_q: int32 (batch + 1,), where each sequence's queries begin in q.
+        max_seqlen_q: the most queries of one sequence.
+        causal: aligned bottom-right, so the last query of a sequence sees all its keys.
+
+    Returns (tokens, heads, head_dim) in q's dtype.
+    """
+    if choose("paged_attention", AVAILABLE, backend) == "reference":
+        return reference.paged_attention(
+            q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal=causal, softmax_scale=softmax_scale
+        )
+    # SDPA reads rectangles: gather each sequence's blocks side by side and mask what lies past its end.
+    table = block_table.long()
+    k, v = k_cache[table].flatten(1, 2), v_cache[table].flatten(1, 2)
+    keys = torch.arange(k.shape[1], device=q.device)
+    mask = (keys[None, :] < cache_seqlens[:, None])[:, None, None]
+    if max_seqlen_q == 1:
+        return sdpa_masked(q.unsqueeze(1), k, v, mask, softmax_scale).squeeze(1)
+    lengths_q = cu_seqlens_q.diff()
+    rows = torch.arange(max_seqlen_q, device=q.device)[None, :]
+    if causal:
+        last_key = rows + (cache_seqlens - lengths_q)[:, None]
+        mask = mask & (keys[None, None, :] <= last_key[:, :, None])[:, None]
+    real = rows < lengths_q[:, None]
+    return sdpa_masked(unpack(q, real), k, v, mask, softmax_scale)[real]

@@ -1,0 +1,33 @@
+"""What a model asks of a key-value cache. The engine implements it; a model never knows how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Cache(Protocol):
+    """One step's view of the cache: new tokens are packed, (tokens, heads, head_dim), in the order of the batch."""
+
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
+        """Appends k and v to ``layer``'s keys and values, then attends causally over all of each sequence's."""
+        ...
+
+    def cross_attention(self, layer: int, q: Tensor, softmax_scale: float | None) -> Tensor:
+        """Attends over the source's keys and values, written once when the source was encoded."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How sequences lie in a batch without a cache.
+
+    Padded: (batch, seqlen, ...), with ``key_lengths`` (batch,) telling how many of each are real, or None for all.
+    Packed: (tokens, ...), with ``cu_seqlens`` int32 (batch + 1,) and the longest length, ``max_seqlen``.
+    """
+
+    key_lengths: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None

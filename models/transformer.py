@@ -1,0 +1,190 @@
+"""The two models, decoder-only and encoder-decoder, both made of one ``Stack`` of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.cache import Cache, Lengths
+from models.config import TransformerConfig
+from models.layers import Block, Linear, initialize, make_norm
+from models.positions import Embedding, rotary_angles
+
+
+class Stack(nn.Module):
+    """Embedding, blocks and final norm: the encoder (bidirectional) or the decoder (causal).
+
+    ``activation_checkpointing`` recomputes each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, depth: int, vocab_size: int, *, causal: bool, cross: bool,
+        tokens: nn.Embedding | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        assert config.head_dim is not None
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.rotary = config.positions == "rotary"
+        self.embedding = Embedding(config, vocab_size, tokens)
+        self.blocks = nn.ModuleList(Block(config, layer, causal=causal, cross=cross) for layer in range(depth))
+        # A post-norm block ends in its norm already.
+        self.norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
+        self.activation_checkpointing = False
+
+    def forward(
+        self,
+        token_ids: Tensor | None,
+        *,
+        positions: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lengths: Lengths | None = None,
+        encoder_output: Tensor | None = None,
+        source_lengths: Lengths | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states (..., dim) for token ids, or ``inputs_embeds``, of one of the layouts in ``Lengths``.
+
+        ``positions`` are 0, 1, 2, ... along the last axis of padded token ids unless given.
+        """
+        given = token_ids if token_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("a model needs token_ids or inputs_embeds")
+        if positions is None:
+            positions = torch.arange(given.shape[1], device=given.device)
+        x = self.embedding(token_ids, positions, inputs_embeds)
+        rotary = rotary_angles(positions, self.head_dim, self.rope_theta) if self.rotary else None
+        for block in self.blocks:
+            x = self._run(
+                block, x, rotary=rotary, lengths=lengths or Lengths(), encoder_output=encoder_output,
+                source_lengths=source_lengths, cache=cache,
+            )  # fmt: skip
+        return self.norm(x)
+
+    def _run(self, block: nn.Module, x: Tensor, **options: Any) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, x, use_reentrant=False, **options)
+        return block(x, **options)
+
+
+class Transformer(nn.Module):
+    """What both models share: a causal decoder and the head that turns its hidden states into logits."""
+
+    config: TransformerConfig
+    decoder: Stack
+
+    def _finish(self) -> None:
+        config = self.config
+        assert config.target_vocab_size is not None
+        self.lm_head = Linear(config.dim, config.target_vocab_size, bias=False)
+        initialize(self, config)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.decoder.embedding.tokens.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., target_vocab_size) for the decoder's hidden states (..., dim)."""
+        return self.lm_head(hidden)
+
+    def decode(self, token_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Hidden states (tokens, dim) of packed new tokens, whose earlier ones ``cache`` holds."""
+        return self.decoder(token_ids, positions=positions, cache=cache)
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return [module for module in self.children() if isinstance(module, Stack)]
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        for stack in self.stacks:
+            stack.activation_checkpointing = enabled
+
+    def compile_blocks(self, compile_module: Callable[[nn.Module], None]) -> None:
+        """Applies ``compile_module`` to every block: all blocks of a stack then share one compiled graph."""
+        for stack in self.stacks:
+            for block in stack.blocks:
+                compile_module(block)
+
+
+class DecoderOnly(Transformer):
+    """A language model: causal blocks over one sequence."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        assert config.target_vocab_size is not None
+        self.decoder = Stack(config, config.depth, config.target_vocab_size, causal=True, cross=False)
+        self._finish()
+
+    def forward(
+        self,
+        token_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits (batch, seqlen, vocab) for right-padded token ids, or (tokens, vocab) for packed ones with a cache."""
+        return self.logits(self.decoder(token_ids, inputs_embeds=inputs_embeds, positions=positions, cache=cache))
+
+
+class EncoderDecoder(Transformer):
+    """A sequence-to-sequence model: a bidirectional encoder, and a causal decoder that attends to its output."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        assert config.encoder_depth is not None and config.target_vocab_size is not None
+        self.encoder = Stack(config, config.encoder_depth, config.vocab_size, causal=False, cross=False)
+        shared = config.tie_embeddings and config.target_vocab_size == config.vocab_size
+        self.decoder = Stack(
+            config, config.depth, config.target_vocab_size, causal=True, cross=True,
+            tokens=self.encoder.embedding.tokens if shared else None,
+        )  # fmt: skip
+        self._finish()
+
+    def encode(
+        self,
+        source_ids: Tensor | None,
+        lengths: Lengths,
+        *,
+        positions: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The encoder's hidden states, (..., dim), in the layout that ``lengths`` describes."""
+        return self.encoder(source_ids, positions=positions, inputs_embeds=inputs_embeds, lengths=lengths)
+
+    def cross_keys_values(self, encoder_output: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each decoder layer's keys and values of the source, (..., kv_heads, head_dim): what a cache keeps of it."""
+        return [block.cross_attention.keys_values(encoder_output) for block in self.decoder.blocks]  # type: ignore[union-attr, operator]
+
+    def forward(
+        self,
+        source_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        *,
+        source_lengths: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_output: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits (batch, seqlen, target_vocab) of the right-padded target ids, given the source.
+
+        source_ids is (batch, source_seqlen), right-padded where ``source_lengths`` (batch,) says so; ``inputs_embeds``
+        stands for its embeddings, ``encoder_output`` for the whole encoder. With a cache, target ids are packed.
+        """
+        source = Lengths(key_lengths=source_lengths)
+        if encoder_output is None and cache is None:
+            encoder_output = self.encode(source_ids, source, inputs_embeds=inputs_embeds)
+        return self.logits(
+            self.decoder(
+                target_ids, positions=positions, encoder_output=encoder_output, source_lengths=source, cache=cache
+            )
+        )
+
+
+def build_model(config: TransformerConfig) -> DecoderOnly | EncoderDecoder:
+    """A freshly initialised model of the config's architecture."""
+    return EncoderDecoder(config) if config.is_encoder_decoder else DecoderOnly(config)
