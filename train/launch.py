@@ -1,0 +1,58 @@
+"""``python -m train.launch --config FILE section.key=value ...``, alone or under torchrun."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from models.checkpoint import CheckpointError
+from models.config import ConfigError
+from models.tokenizer import Tokenizer
+from train import distributed
+from train.config import RunConfig, fail, parse
+from train.data.dataset import load_data
+from train.metrics import Reporter
+from train.run_folder import claim
+from train.trainer import DivergenceError, Trainer
+
+
+def main(arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        config = parse(arguments)
+        own = distributed.start(config.training.device)
+        try:
+            run(config, own)
+        finally:
+            distributed.finish()
+    except (ConfigError, CheckpointError, DivergenceError) as error:
+        fail(error)
+
+
+def run(config: RunConfig, own: distributed.Distributed) -> None:
+    """Trains ``config`` to its end, from the run's last checkpoint if there is one."""
+    start = claim(config, own)
+    tokenizer = Tokenizer.load(start) if start else None
+    data = load_data(config.data, config.training.seed, config.model.max_seqlen, tokenizer)
+    trainer = Trainer(config, data, own)
+    if start:
+        trainer.resume(start)
+    reporter = Reporter(config.run_folder, trainer.state.step, trainer.total_steps, own.is_main)
+    reporter.note(describe(trainer, start is not None))
+    try:
+        trainer.train(reporter)
+    finally:
+        reporter.close()
+
+
+def describe(trainer: Trainer, resumed: bool) -> str:
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    at = f"resumed at step {trainer.state.step}" if resumed else "from scratch"
+    return (
+        f"{trainer.config.run_folder}: {count / 1e6:.2f}M parameters, {trainer.total_steps} steps, {at}, "
+        f"{trainer.distributed.world_size} x {trainer.distributed.device.type}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
