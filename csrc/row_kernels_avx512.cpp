@@ -1,0 +1,3 @@
+#include "row_kernels_impl.h"
+
+const tandem::RowKernels tandem::kAvx512RowKernels = tandem::kRowKernels;

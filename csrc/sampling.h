@@ -1,0 +1,52 @@
+// Draws the next token of each row of logits; the meanings of the parameters are vLLM's (see
+// kernels/sampling.py).
+#pragma once
+
+#include <cstdint>
+
+namespace tandem {
+
+// Rows of contiguous floats, `stride` floats apart. Never written.
+struct Logits {
+    const float* data;
+    int64_t rows, vocab, stride;
+};
+
+// One entry a row. A row's history is ids[offsets[row]] to ids[offsets[row + 1] - 1], its prompt first.
+struct SamplingRequests {
+    int64_t rows;
+    const float *temperature, *top_p, *min_p;
+    const int32_t* top_k;
+    const float *repetition_penalty, *presence_penalty, *frequency_penalty;
+    const int64_t *seed, *position;
+    const int32_t* num_logprobs;
+    const int32_t* history_ids;
+    int64_t history_length;
+    const int64_t* history_offsets;
+    const int32_t* prompt_lengths;
+};
+
+// Throws std::invalid_argument with one sentence that names the field, the row and what is allowed.
+void check(const SamplingRequests& requests);
+
+enum class RowError : uint8_t { none, has_nan, has_infinity, nothing_left, bad_history };
+
+// A sentence for an error, null for none.
+const char* message_of(RowError error);
+
+// One entry a row; top_* have `top_columns` a row, padded with -inf and -1.
+struct SamplingResults {
+    int64_t* token_ids;  // -1 where there is an error
+    float* logprobs;     // NaN where not asked for
+    int32_t* ranks;      // from 1; 0 where not asked for
+    float* top_logprobs;
+    int64_t* top_ids;
+    int64_t top_columns;
+    RowError* errors;
+};
+
+// Whole rows are the tasks: one is done by one thread, so the number of threads cannot change a result.
+void sample(const Logits& logits, const SamplingRequests& requests, const SamplingResults& results,
+            int num_threads);
+
+}  // namespace tandem
