@@ -1,0 +1,9 @@
+"""Policy on top of models: requests, scheduling, the cache, decoding; ``LLM`` is the door."""
+
+from __future__ import annotations
+
+from engine.llm import LLM
+from engine.request import CompletionOutput, Delta, Logprob, RequestOutput, ScoreOutput
+from engine.sampling import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "Delta", "Logprob", "RequestOutput", "SamplingParams", "ScoreOutput"]

@@ -52,7 +52,8 @@ class Trainer:
         self.checkpoints = Checkpoints(config.run_folder, distributed)
         self.state = TrainState()
         self.total_steps = self.options.max_steps or self.options.num_epochs * self._updates_in_epoch(0)
-        self.stop_requested = False
+        self.signalled = False  # this rank got a signal
+        self.stop_requested = False  # some rank did: the same on every rank
 
     def _wrap(self) -> nn.Module:
         """The model as the loop calls it: compiled as asked, and under DDP when there are several ranks."""
@@ -153,7 +154,7 @@ class Trainer:
         )  # fmt: skip
         for update in range(self.state.update, count):
             batches = [next(stream) for _ in range(accumulation)]
-            tokens, stops = self.distributed.sum(sum(b.num_target_tokens for b in batches), self.stop_requested)
+            tokens, stops = self.distributed.sum(sum(b.num_target_tokens for b in batches), self.signalled)
             self.stop_requested = stops > 0  # every rank stops after the same update
             yield batches, int(tokens), update == count - 1
 
@@ -209,7 +210,7 @@ class Trainer:
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
         def request_stop(number: int, frame: object) -> None:
-            self.stop_requested = True
+            self.signalled = True
 
         previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

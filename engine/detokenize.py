@@ -1,0 +1,58 @@
+"""What a new token does to its sequence: the text grows, and the sequence may end."""
+
+from __future__ import annotations
+
+from engine.request import Sequence
+from models.config import EOS_ID
+
+
+def deliver(sequence: Sequence, token_id: int) -> None:
+    """Takes note of a token just appended: an end or stop token, a stop string, the length limit."""
+    params = sequence.request.params
+    if token_id == EOS_ID and not params.ignore_eos:
+        sequence.finish("stop")
+    elif token_id in (params.stop_token_ids or ()):
+        sequence.finish("stop", stop_reason=token_id)
+    _extend_text(sequence, token_id)
+    if sequence.finish_reason is None and len(sequence.token_ids) >= sequence.max_length:
+        sequence.finish("length")
+        _flush(sequence)
+
+
+def _extend_text(sequence: Sequence, token_id: int) -> None:
+    if sequence.stream is None:
+        return
+    ended = sequence.finish_reason is not None
+    # The token that ends a text is no part of it, unless special tokens are wanted in the text.
+    shown = [] if ended and sequence.request.params.skip_special_tokens else [token_id]
+    sequence.text += sequence.stream.push(shown, final=ended)
+    _cut_at_stop_string(sequence)
+
+
+def _flush(sequence: Sequence) -> None:
+    if sequence.stream is not None:
+        sequence.text += sequence.stream.push([], final=True)
+        _cut_at_stop_string(sequence)
+
+
+def _cut_at_stop_string(sequence: Sequence) -> None:
+    """Ends the sequence at the first stop string in its text, however many tokens the string came in."""
+    params = sequence.request.params
+    found = [(sequence.text.find(stop), stop) for stop in params.stop_strings]
+    if not (hits := [(at, stop) for at, stop in found if at >= 0]):
+        return
+    at, stop = min(hits)
+    sequence.text = sequence.text[: at + (len(stop) if params.include_stop_str_in_output else 0)]
+    sequence.finish("stop", stop_reason=stop)
+
+
+def released_text(sequence: Sequence) -> str:
+    """The text that no coming stop string can take back: all of it, less a tail that may begin one."""
+    if sequence.finish_reason is not None:
+        return sequence.text
+    text = sequence.text
+    longest = max((len(stop) for stop in sequence.request.params.stop_strings), default=0)
+    for size in range(min(longest - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in sequence.request.params.stop_strings):
+            return text[:-size]
+    return text

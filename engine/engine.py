@@ -1,0 +1,67 @@
+"""The engine: schedule, run, sample, deliver."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from engine.detokenize import deliver
+from engine.kv_cache import KVCache
+from engine.request import Request, Sequence
+from engine.runner import Runner
+from engine.sampling_batch import SamplingColumns
+from engine.scheduler import Schedule, Scheduler
+from kernels.sampling import SampleResult, sample
+from models.tokenizer import Tokenizer
+from models.transformer import DecoderOnly, EncoderDecoder
+
+
+class Engine:
+    """Runs requests to their end, a step at a time; requests join and leave between steps."""
+
+    def __init__(
+        self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None, cache: KVCache,
+        max_num_batched_tokens: int, backend: str | None, num_threads: int | None,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.num_threads = tokenizer, num_threads
+        self.cache = cache
+        self.scheduler = Scheduler(cache, max_num_batched_tokens)
+        self.runner = Runner(model, cache, backend)
+        self.columns = SamplingColumns()
+        self.request_ids = itertools.count()
+
+    def add_request(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.abort(request_id)
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Adds a token to every scheduled sequence; returns them, finished ones included."""
+        schedule = self.scheduler.schedule()
+        logits = self._run(schedule)
+        result = sample(logits, self.columns.batch(schedule.sequences), num_threads=self.num_threads)
+        self._deliver(schedule.sequences, result)
+        self.scheduler.retire()
+        return schedule.sequences
+
+    def _run(self, schedule: Schedule) -> torch.Tensor:
+        encoded = [request for request in schedule.requests if request.encoder_prompt_token_ids is not None]
+        if encoded:
+            self.runner.encode(encoded)
+        return self.runner.next_token_logits(schedule.sequences)
+
+    def _deliver(self, sequences: list[Sequence], result: SampleResult) -> None:
+        for i, (sequence, token_id) in enumerate(zip(sequences, result.token_ids.tolist(), strict=True)):
+            if (error := result.errors[i]) is not None:
+                sequence.finish("error", error=error)
+                continue
+            if sequence.request.params.logprobs is not None:
+                sequence.add_logprobs(token_id, result, i, self.tokenizer)
+            sequence.token_ids.append(token_id)
+            deliver(sequence, token_id)

@@ -1,0 +1,159 @@
+"""The cache: one pool of blocks, made at start-up, for self- and cross-attention of every running sequence.
+
+A row is a sequence's place in the block tables. Its blocks are reserved when it is admitted, enough for its longest
+outcome, so that no step can run out. A source's keys and values are written once and shared by the request's samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.paged_attention import append_to_cache, paged_attention
+from models.config import TransformerConfig
+
+Table = NDArray[np.int32]
+
+
+@dataclass
+class Source:
+    """An encoded source's blocks, freed when its last sample is done."""
+
+    length: int
+    blocks: list[int]
+    users: int = 0
+
+
+@dataclass
+class Row:
+    """A running sequence's place: its index in the tables, its own blocks, its source."""
+
+    index: int
+    blocks: list[int] = field(default_factory=list)
+    source: Source | None = None
+
+
+class KVCache:
+    """Keys and values of every layer: (layers, num_blocks, block_size, kv_heads, head_dim) each, in ``dtype``."""
+
+    def __init__(
+        self, config: TransformerConfig, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        assert config.kv_heads is not None and config.head_dim is not None
+        shape = (config.depth, num_blocks, block_size, config.kv_heads, config.head_dim)
+        # Zeros, not empty: attention multiplies what lies past a sequence's end by zero, which NaN would survive.
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.block_size, self.num_blocks, self.device = block_size, num_blocks, device
+        width = -(-max_model_len // block_size)
+        self.tables: Table = np.zeros((max_num_seqs, width), dtype=np.int32)
+        self.source_tables: Table = np.zeros((max_num_seqs, width), dtype=np.int32)
+        self.source_lengths: Table = np.zeros(max_num_seqs, dtype=np.int32)
+        self._free_blocks = list(range(num_blocks - 1, -1, -1))
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    @staticmethod
+    def bytes_per_block(config: TransformerConfig, block_size: int, dtype: torch.dtype) -> int:
+        assert config.kv_heads is not None and config.head_dim is not None
+        return 2 * config.depth * block_size * config.kv_heads * config.head_dim * dtype.itemsize
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free_blocks)
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def take_source(self, length: int) -> Source:
+        return Source(length, self._take(self.blocks_for(length)))
+
+    def take_row(self, num_tokens: int, source: Source | None) -> Row:
+        """A row with blocks for ``num_tokens``, reading ``source`` in cross-attention."""
+        row = Row(self._free_rows.pop(), self._take(self.blocks_for(num_tokens)), source)
+        self.tables[row.index, : len(row.blocks)] = row.blocks
+        if source is not None:
+            source.users += 1
+            self.source_tables[row.index, : len(source.blocks)] = source.blocks
+            self.source_lengths[row.index] = source.length
+        return row
+
+    def release(self, row: Row, clear: bool = False) -> None:
+        """Gives a row's blocks back; ``clear`` zeroes them, for a sequence whose values are not finite."""
+        source = row.source
+        blocks = list(row.blocks)
+        if source is not None:
+            source.users -= 1
+            if source.users == 0:
+                blocks += source.blocks
+        if clear:
+            self.k[:, blocks] = 0
+            self.v[:, blocks] = 0
+        self._free_blocks += blocks
+        self._free_rows.append(row.index)
+
+    def slots(self, blocks: list[int], length: int) -> NDArray[np.int64]:
+        """The slots of a run of tokens that fills ``blocks`` from their start."""
+        starts = np.asarray(blocks, dtype=np.int64)[:, None] * self.block_size
+        return (starts + np.arange(self.block_size)).reshape(-1)[:length]
+
+    def write_source(self, keys_values: list[tuple[Tensor, Tensor]], sources: list[Source]) -> None:
+        """Stores every layer's cross-attention keys and values, packed in the order of ``sources``."""
+        slots = np.concatenate([self.slots(source.blocks, source.length) for source in sources])
+        index = torch.from_numpy(slots).to(self.device)
+        for layer, (k, v) in enumerate(keys_values):
+            append_to_cache(k, v, self.k[layer], self.v[layer], index)
+
+    def _take(self, count: int) -> list[int]:
+        taken = self._free_blocks[len(self._free_blocks) - count :]
+        del self._free_blocks[len(self._free_blocks) - count :]
+        return taken
+
+
+class CacheView:
+    """The cache as one step's batch sees it: the protocol ``models.cache.Cache``.
+
+    ``rows`` are the sequences' rows, each with ``starts`` tokens in the cache and ``counts`` new ones in this step.
+    """
+
+    def __init__(
+        self, cache: KVCache, rows: NDArray[np.int64], starts: Table, counts: Table, backend: str | None
+    ) -> None:
+        self.cache, self.backend = cache, backend
+        to_device = lambda array: torch.from_numpy(array).to(cache.device)  # noqa: E731
+        ends = starts + counts
+        self.max_count = int(counts.max())
+        self.cu_seqlens = to_device(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
+        self.lengths = to_device(ends)
+        width = cache.blocks_for(int(ends.max()))
+        self.tables = to_device(cache.tables[rows, :width])
+        positions = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
+        owners = np.repeat(rows, counts)
+        blocks = cache.tables[owners, positions // cache.block_size].astype(np.int64)
+        self.slots = to_device(blocks * cache.block_size + positions % cache.block_size)
+        self.positions = to_device(positions)
+        source_lengths = cache.source_lengths[rows]
+        self.source_lengths = to_device(source_lengths)
+        self.source_tables = to_device(cache.source_tables[rows, : cache.blocks_for(int(source_lengths.max()))])
+
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        append_to_cache(k, v, k_cache, v_cache, self.slots)
+        return paged_attention(
+            q, k_cache, v_cache, self.tables, self.lengths, self.cu_seqlens, max_seqlen_q=self.max_count,
+            causal=True, softmax_scale=softmax_scale, backend=self.backend,
+        )  # fmt: skip
+
+    def cross_attention(self, layer: int, q: Tensor, softmax_scale: float | None) -> Tensor:
+        return paged_attention(
+            q, self.cache.k[layer], self.cache.v[layer], self.source_tables, self.source_lengths, self.cu_seqlens,
+            max_seqlen_q=self.max_count, causal=False, softmax_scale=softmax_scale, backend=self.backend,
+        )  # fmt: skip

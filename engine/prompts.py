@@ -1,0 +1,101 @@
+"""From what a caller gives as a prompt to a checked ``Request``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.request import Request, Sequence
+from engine.sampling import SamplingParams
+from models.config import BOS_ID, EOS_ID, TransformerConfig
+from models.tokenizer import TextStream, Tokenizer
+
+Prompt = str | Mapping[str, Any]
+
+FORMS = '{"prompt": str}, {"prompt_token_ids": [int]} or {"encoder_prompt": ..., "decoder_prompt": ...}'
+
+
+class PromptReader:
+    """Turns prompts into requests for one model. Every method raises ValueError, in one sentence, for a bad prompt."""
+
+    def __init__(self, config: TransformerConfig, tokenizer: Tokenizer | None, max_model_len: int) -> None:
+        self.config, self.tokenizer, self.max_model_len = config, tokenizer, max_model_len
+
+    def request(self, request_id: str, prompt: Prompt, params: SamplingParams, seed: int) -> Request:
+        """The request for a prompt, with its ``n`` sequences; sample i draws from ``seed + i``."""
+        self._check_params(params)
+        request = self._read(request_id, prompt, params)
+        length = len(request.prompt_token_ids)
+        if length >= self.max_model_len:
+            raise ValueError(f"the prompt is {length} tokens; max_model_len {self.max_model_len} leaves no room to generate")
+        limit = self.max_model_len if params.max_tokens is None else length + params.max_tokens
+        for index in range(params.n):
+            request.sequences.append(
+                Sequence(
+                    request, index, list(request.prompt_token_ids), _wrap(seed + index),
+                    TextStream(self.tokenizer, params.skip_special_tokens) if self.tokenizer else None,
+                    max_length=min(limit, self.max_model_len),
+                )  # fmt: skip
+            )
+        return request
+
+    def _check_params(self, params: SamplingParams) -> None:
+        vocab_size = self.config.target_vocab_size or 0
+        for token_id in params.stop_token_ids or ():
+            if token_id >= vocab_size:
+                raise ValueError(f"stop_token_ids holds {token_id}, beyond the vocabulary's {vocab_size} tokens")
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+
+    def _read(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+        if isinstance(prompt, Mapping) and set(prompt) == {"encoder_prompt", "decoder_prompt"}:
+            if not self.config.is_encoder_decoder:
+                raise ValueError("a decoder-only model takes no encoder_prompt: give the prompt alone")
+            source, source_ids = self._source(prompt["encoder_prompt"])
+            text, token_ids = self._decoder_prompt(prompt["decoder_prompt"])
+            return Request(request_id, text, token_ids, params, source, source_ids)
+        if self.config.is_encoder_decoder:
+            source, source_ids = self._source(prompt)
+            return Request(request_id, None, [BOS_ID], params, source, source_ids)
+        text, token_ids = self._text_and_ids(prompt, target=True)
+        if not token_ids:
+            raise ValueError("the prompt is empty: a decoder-only model needs at least one token")
+        return Request(request_id, text, token_ids, params)
+
+    def _source(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        text, token_ids = self._text_and_ids(prompt, target=False)
+        if len(token_ids) > self.max_model_len:
+            raise ValueError(f"the source is {len(token_ids)} tokens, beyond max_model_len {self.max_model_len}")
+        return text, token_ids or [EOS_ID]  # as in training: an empty source still gives cross-attention one key
+
+    def _decoder_prompt(self, prompt: Prompt | None) -> tuple[str | None, list[int]]:
+        if prompt is None:
+            return None, [BOS_ID]
+        text, token_ids = self._text_and_ids(prompt, target=True)
+        return text, token_ids if token_ids[:1] == [BOS_ID] else [BOS_ID, *token_ids]
+
+    def _text_and_ids(self, prompt: Prompt, target: bool) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping) and set(prompt) == {"prompt"}:
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this model has no tokenizer: give prompt_token_ids instead of text")
+            encode = self.tokenizer.encode_target if target else self.tokenizer.encode
+            return prompt, encode(prompt)
+        if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
+            raise ValueError(f"a prompt is a string, {FORMS}, got {prompt!r:.80}")
+        return None, self.checked_ids(prompt["prompt_token_ids"], target)
+
+    def checked_ids(self, token_ids: Any, target: bool) -> list[int]:
+        """``token_ids`` as a list of ints inside the vocabulary."""
+        size = (self.config.target_vocab_size if target else self.config.vocab_size) or 0
+        ids = list(token_ids)
+        for token_id in ids:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < size:
+                raise ValueError(f"token id {token_id!r} is outside the vocabulary of {size}")
+        return ids
+
+
+def _wrap(seed: int) -> int:
+    """``seed`` as the sampler's signed 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63

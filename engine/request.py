@@ -1,0 +1,129 @@
+"""A request, its sequences while they run, and what the caller gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from engine.sampling import SamplingParams
+from models.tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from engine.kv_cache import Row
+    from kernels.sampling import SampleResult
+    from engine.kv_cache import Row
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability under the model (before penalties and temperature) and its rank, from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One generated sequence. ``stop_reason`` is the stop string or token that ended it, None for the end token."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A request and its ``n`` outputs. The encoder's prompt is the source; ``prompt`` is the decoder's own."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    encoder_prompt: str | None = None
+    encoder_prompt_token_ids: list[int] | None = None
+
+
+class Delta(NamedTuple):
+    """What a step added to one output of one request: text may lag behind token_ids by an unfinished character."""
+
+    request_index: int
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class ScoreOutput:
+    """The log-probability of each token of a given target, the end token's included, and their sum."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    total: float
+
+
+@dataclass
+class Sequence:
+    """One sample of a request while it runs. ``token_ids`` starts with the decoder's prompt."""
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    seed: int
+    stream: TextStream | None
+    max_length: int  # token_ids never grows beyond it
+    num_cached: int = 0  # tokens whose keys and values are in the cache
+    row: Row | None = None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    def add_logprobs(self, token_id: int, result: SampleResult, row: int, tokenizer: Tokenizer | None) -> None:
+        """Keeps what the sampler's ``row`` says of the chosen token and of the likeliest ones."""
+        name = lambda i: tokenizer.decode([i], skip_special_tokens=False) if tokenizer else None  # noqa: E731
+        wanted = self.request.params.logprobs or 0
+        top = zip(result.top_ids[row, :wanted].tolist(), result.top_logprobs[row, :wanted].tolist(), strict=True)
+        entry = {i: Logprob(logprob, rank, name(i)) for rank, (i, logprob) in enumerate(top, 1) if i >= 0}
+        chosen = float(result.logprobs[row])
+        entry.setdefault(token_id, Logprob(chosen, int(result.ranks[row]), name(token_id)))
+        self.logprobs.append(entry)
+        self.cumulative_logprob += chosen
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked for, checked and tokenised. ``prompt_token_ids`` is the decoder's prompt, start token included."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    encoder_prompt: str | None = None
+    encoder_prompt_token_ids: list[int] | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)

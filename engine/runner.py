@@ -1,0 +1,72 @@
+"""Runs the model on one step's flattened batch: sources through the encoder, new tokens through the decoder."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kv_cache import CacheView, KVCache, Source
+from engine.request import Request, Sequence
+from models.cache import Lengths
+from models.transformer import DecoderOnly, EncoderDecoder
+
+
+class Runner:
+    """The model and its cache. Every method takes packed batches; nothing is padded."""
+
+    def __init__(self, model: DecoderOnly | EncoderDecoder, cache: KVCache, backend: str | None) -> None:
+        self.model, self.cache, self.backend = model, cache, backend
+
+    def encode(self, requests: list[Request]) -> None:
+        """Runs the requests' sources through the encoder and stores what cross-attention reads of them."""
+        sources = [request.encoder_prompt_token_ids or [] for request in requests]
+        hidden = self.encoder_hidden(sources)
+        keys_values = cast(EncoderDecoder, self.model).cross_keys_values(hidden)
+        self.cache.write_source(keys_values, [_source_of(request) for request in requests])
+
+    def encoder_hidden(self, sources: list[list[int]]) -> Tensor:
+        """The encoder's hidden states of several sources, packed (tokens, dim)."""
+        lengths = np.array([len(source) for source in sources], dtype=np.int32)
+        packed = Lengths(
+            cu_seqlens=self._tensor(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)),
+            max_seqlen=int(lengths.max()),
+        )
+        token_ids = self._tensor(np.concatenate([np.asarray(source, dtype=np.int64) for source in sources]))
+        positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
+        return cast(EncoderDecoder, self.model).encode(token_ids, packed, positions=positions)
+
+    def decode(self, sequences: list[Sequence]) -> tuple[Tensor, CacheView]:
+        """Runs each sequence's tokens that the cache lacks. Returns their hidden states, (tokens, dim), and the view."""
+        new = [sequence.token_ids[sequence.num_cached :] for sequence in sequences]
+        counts = np.array([len(ids) for ids in new], dtype=np.int32)
+        starts = np.array([sequence.num_cached for sequence in sequences], dtype=np.int32)
+        rows = np.array([sequence.row.index for sequence in sequences if sequence.row is not None], dtype=np.int64)
+        view = CacheView(self.cache, rows, starts, counts, self.backend)
+        token_ids = self._tensor(np.fromiter((i for ids in new for i in ids), dtype=np.int64, count=int(counts.sum())))
+        hidden = self.model.decode(token_ids, view.positions, view)
+        for sequence in sequences:
+            sequence.num_cached = len(sequence.token_ids)
+        return hidden, view
+
+    def next_token_logits(self, sequences: list[Sequence]) -> Tensor:
+        """Float32 logits (sequences, vocab) on the CPU, for the token after each sequence."""
+        hidden, view = self.decode(sequences)
+        if view.max_count > 1:
+            hidden = hidden[view.cu_seqlens[1:].long() - 1]
+        return self.model.logits(hidden).float().cpu()
+
+    def target_logprobs(self, sequences: list[Sequence]) -> Tensor:
+        """Float32 log-probabilities (tokens, vocab) of every next token along the sequences, packed."""
+        return self.model.logits(self.decode(sequences)[0]).float().log_softmax(-1).cpu()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.cache.device)
+
+
+def _source_of(request: Request) -> Source:
+    row = request.sequences[0].row
+    assert row is not None and row.source is not None
+    return row.source

@@ -1,0 +1,92 @@
+"""``SamplingParams``: how one request's tokens are chosen and when they end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_SAMPLES = 16_384
+MAX_LOGPROBS = 128
+MAX_TOP_K = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """vLLM's names, defaults and ranges. A value out of range is a ValueError that names it.
+
+    Attributes:
+        n: samples of one prompt. temperature: 0 is greedy.
+        top_p, top_k, min_p: keep the smallest set of mass top_p, the k likeliest (0 or -1: all), those at least min_p
+            times as likely as the likeliest.
+        presence_penalty, frequency_penalty, repetition_penalty: against tokens generated before (repetition: or in
+            the prompt).
+        max_tokens: most tokens generated; None: as many as max_model_len leaves room for.
+        seed: of this request's random numbers; None: drawn from the engine's.
+        stop: strings that end the text; cut off unless include_stop_str_in_output.
+        stop_token_ids: tokens that end it besides the end token. ignore_eos: go on after the end token.
+        logprobs: None, or how many of the likeliest tokens to report besides the chosen one, 128 at most.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = 16
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _integer("n", self.n, 1, MAX_SAMPLES)
+        _number("temperature", self.temperature, 0, math.inf)
+        _number("top_p", self.top_p, 0, 1, open_low=True)
+        _integer("top_k", self.top_k, -1, MAX_TOP_K)
+        _number("min_p", self.min_p, 0, 1)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, None)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if any(not isinstance(text, str) or not text for text in self.stop_strings):
+            raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
+        for token_id in self.stop_token_ids or ():
+            _integer("stop_token_ids", token_id, 0, None)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (low < value if open_low else low <= value) or value > high:  # type: ignore[operator]
+        start = f"({low}" if open_low else f"[{low}"
+        end = "infinity)" if high == math.inf else f"{high}]"
+        raise ValueError(f"{name} must be a number in {start}, {end}, got {value!r}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
