@@ -160,7 +160,7 @@ void report_top(const Row& row, const RawLogprobs& raw, int64_t n, Scratch& scra
 // 1 + how many logits are larger, or equal with a lower id.
 int32_t rank_of(const float* logits, int64_t vocab, int64_t token) {
     const float logit = logits[token];
-    const float next = std::nextafter(logit, kInfinity);
+    const float next = next_above(logit);
     return static_cast<int32_t>(1 + row_kernels().count_at_least(logits, token, logit) +
                                 row_kernels().count_at_least(logits + token, vocab - token, next));
 }
