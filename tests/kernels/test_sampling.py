@@ -117,7 +117,7 @@ def test_a_token_depends_on_seed_and_position_alone():
     assert len({tokens[0, position] for position in range(20)}) > 10
 
 
-def mixed_batch(rows: int) -> tuple[Tensor, dict[str, list]]:
+def mixed_batch(rows: int, vocab: int = 777) -> tuple[Tensor, dict[str, list]]:
     """Rows of every kind side by side."""
     kinds = [
         {},
@@ -135,7 +135,7 @@ def mixed_batch(rows: int) -> tuple[Tensor, dict[str, list]]:
     columns["seed"] = [row * 17 for row in range(rows)]
     columns["prompt_ids"] = [[row % 7, 3, 3] for row in range(rows)]
     columns["output_ids"] = [[5, row % 11, 5] for row in range(rows)]
-    return make_logits(rows, 777), columns
+    return make_logits(rows, vocab), columns
 
 
 def test_a_row_does_not_depend_on_its_batch_or_its_place_in_it():
@@ -161,14 +161,14 @@ def test_a_row_does_not_depend_on_its_batch_or_its_place_in_it():
 
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
 def test_the_number_of_threads_changes_nothing(num_threads):
-    logits, columns = mixed_batch(64)
+    logits, columns = mixed_batch(64, 20_000)  # so large that threads are worth waking
     batch = SamplingBatch.build(64, **columns)
     for _ in range(20):
         assert_same(sample(logits, batch, num_threads=1), sample(logits, batch, num_threads=num_threads))
 
 
 def test_callers_in_several_threads_do_not_disturb_each_other():
-    logits, columns = mixed_batch(64)
+    logits, columns = mixed_batch(64, 20_000)  # so large that threads are worth waking
     batch = SamplingBatch.build(64, **columns)
     wanted = sample(logits, batch)
     results = []
@@ -332,7 +332,7 @@ def test_one_token_left_is_always_that_token(params):
     assert torch.equal(sample(logits, batch).token_ids, logits.argmax(-1))
 
 
-@pytest.mark.parametrize("params", FILTERS[::5] + [{"temperature": 1e38}, {"top_k": 10_000}], ids=str)
+@pytest.mark.parametrize("params", [*FILTERS[::5], {"temperature": 1e38}, {"top_k": 10_000}], ids=str)
 def test_tokens_at_minus_infinity_are_never_drawn(params):
     logits = torch.full((200,), -INF)
     logits[[3, 130, 199]] = torch.tensor([1.0, 0.5, 0.9])
@@ -394,8 +394,8 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(field, value):
 def test_histories_that_do_not_fit_the_batch_are_refused():
     with pytest.raises(ValueError, match="must hold 2 lists"):
         SamplingBatch.build(2, prompt_ids=[[1]])
+    fields = {name: getattr(SamplingBatch.build(1), name) for name in SamplingBatch.__match_args__}
     with pytest.raises(ValueError, match="history_offsets"):
-        fields = {name: getattr(SamplingBatch.build(1), name) for name in SamplingBatch.__match_args__}
         SamplingBatch(**{**fields, "history_offsets": torch.tensor([0, 5])})
 
 
@@ -433,7 +433,7 @@ results = [sample(logits, SamplingBatch.build(40, **columns))]
 for params in ({}, {"top_p": 0.9}, {"top_k": 600}, {"min_p": 0.2, "num_logprobs": 40}):
     results.append(sample(wide, SamplingBatch.build(4, seed=range(4), **params)))
 for r in results:
-    print(r.token_ids.tolist(), r.ranks.tolist(), r.logprobs.tolist(), r.top_ids.tolist(), r.top_logprobs.tolist())
+    print([x.tolist() for x in (r.token_ids, r.ranks, r.logprobs, r.top_ids, r.top_logprobs)])
 print(_C.cpu_path, file=sys.stderr)
 """
 
