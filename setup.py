@@ -1,4 +1,4 @@
-"""Builds the one compiled module, ``kernels._C``, with CMake; everything else is declared in pyproject.toml."""
+"""Builds the one compiled module, ``kernels._C``, with CMake; pyproject.toml declares everything else."""
 
 from __future__ import annotations
 

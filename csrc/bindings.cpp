@@ -85,7 +85,8 @@ class SamplingBatch {
 tandem::Logits logits_of(const py::array& array, int64_t rows) {
     const auto float_size = static_cast<py::ssize_t>(sizeof(float));
     if (!array.dtype().equal(py::dtype::of<float>()) || array.ndim() != 2 || array.shape(1) < 1 ||
-        (array.shape(1) > 1 && array.strides(1) != float_size) || array.strides(0) % float_size != 0)
+        (array.size() > 1 && array.shape(1) > 1 && array.strides(1) != float_size) ||
+        array.strides(0) % float_size != 0)
         throw py::value_error("logits must be float32 of shape (rows, vocab) with contiguous rows, got " +
                               py::str(array.dtype()).cast<std::string>() + " of shape " +
                               py::str(array.attr("shape")).cast<std::string>() + " and strides " +

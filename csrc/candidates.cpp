@@ -19,6 +19,7 @@ constexpr int64_t kFew = 32;
 
 // Integers in the order of the floats, so that a search by halves takes at most 32 steps whatever the values.
 int64_t key_of(float value) {
+    value += 0.0f;  // -0 equals 0 and must share its key
     int32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return bits < 0 ? bits ^ 0x7fffffff : bits;
@@ -43,7 +44,7 @@ struct Bracket {
 template <class Measure>
 Bracket narrow(Measure measure, float lowest, float highest, double target) {
     int64_t low = key_of(lowest);
-    int64_t high = key_of(highest) + 1;
+    int64_t high = key_of(next_above(highest));
     Tally at_low = measure(lowest);
     Tally at_high = {0, 0};
     while (high - low > 1 && at_low.count - at_high.count > kFew) {
@@ -140,6 +141,10 @@ int64_t find_in_block(const float* weights, int64_t n, double target) {
 }
 
 }  // namespace
+
+float next_above(float value) {
+    return std::fabs(value) < FLT_MIN ? FLT_MIN : std::nextafter(value, kInfinity);
+}
 
 void Scratch::fit(int64_t vocab) {
     const auto size = static_cast<size_t>(vocab + kSlack);

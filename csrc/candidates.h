@@ -6,6 +6,9 @@
 
 namespace tandem {
 
+// The next normal float: subnormals are stepped over, for a thread that flushes them would take them for 0.
+float next_above(float value);
+
 // Grow-only buffers of one thread, so that a call allocates nothing once it has seen a vocabulary.
 struct Scratch {
     std::vector<float> values, boundary_values, blocks, logits;

@@ -19,6 +19,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // As in vLLM: a temperature so small that dividing by it would overflow is greedy.
 constexpr float kGreedyBelow = 1e-5f;
 
+// About 40 us of reading by one thread, what it takes to wake another.
+constexpr int64_t kFloatsWorthAThread = int64_t{1} << 18;
+
 struct Row {
     const float* logits;
     int64_t vocab;
@@ -160,7 +163,7 @@ void report_top(const Row& row, const RawLogprobs& raw, int64_t n, Scratch& scra
 // 1 + how many logits are larger, or equal with a lower id.
 int32_t rank_of(const float* logits, int64_t vocab, int64_t token) {
     const float logit = logits[token];
-    const float next = std::nextafter(logit, kInfinity);
+    const float next = next_above(logit);
     return static_cast<int32_t>(1 + row_kernels().count_at_least(logits, token, logit) +
                                 row_kernels().count_at_least(logits + token, vocab - token, next));
 }
@@ -219,7 +222,9 @@ const char* message_of(RowError error) {
 
 void sample(const Logits& logits, const SamplingRequests& requests, const SamplingResults& results,
             int num_threads) {
-    parallel_for(logits.rows, num_threads, [&](int64_t row) {
+    const int64_t useful_threads = 1 + logits.rows * logits.vocab / kFloatsWorthAThread;
+    const int threads = static_cast<int>(std::min<int64_t>(num_threads, useful_threads));
+    parallel_for(logits.rows, threads, [&](int64_t row) {
         clear(results, row);
         results.errors[row] = sample_row(logits, requests, results, row);
         if (results.errors[row] != RowError::none) clear(results, row);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -12,6 +13,20 @@
 
 namespace tandem {
 namespace {
+
+// Waking a sleeping thread takes tens of microseconds, as long as a whole call, so a wait first looks on for
+// as long.
+constexpr auto kPatience = std::chrono::microseconds(50);
+
+template <class Condition>
+void look_on_until(Condition condition) {
+    const auto limit = std::chrono::steady_clock::now() + kPatience;
+    while (!condition() && std::chrono::steady_clock::now() < limit) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+}
 
 // One loop. Threads take the next task from a counter, so a helper that wakes late just finds less to do.
 class Loop {
@@ -77,6 +92,9 @@ class ThreadPool {
     void close() {
         std::unique_lock<std::mutex> lock(mutex_);
         seats_ = 0;
+        lock.unlock();
+        look_on_until([this] { return running_ == 0; });
+        lock.lock();
         done_.wait(lock, [this] { return running_ == 0; });
     }
 
@@ -91,6 +109,9 @@ class ThreadPool {
             loop->work();
             lock.lock();
             if (--running_ == 0) done_.notify_one();
+            lock.unlock();
+            look_on_until([this] { return seats_ > 0; });
+            lock.lock();
         }
     }
 
@@ -99,8 +120,9 @@ class ThreadPool {
     std::mutex mutex_;
     std::condition_variable wake_, done_;
     Loop* loop_ = nullptr;
-    int seats_ = 0;    // helpers the open loop still has room for
-    int running_ = 0;  // helpers inside the loop
+    // Changed under the mutex; atomic to be looked at without it.
+    std::atomic<int> seats_{0};    // helpers the open loop still has room for
+    std::atomic<int> running_{0};  // helpers inside the loop
 };
 
 std::atomic<ThreadPool*> the_pool{nullptr};

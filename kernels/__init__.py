@@ -1,3 +1,3 @@
-"""Compiled operations, each behind a plain function in a module of its own; importing this package loads none of them."""
+"""Compiled operations, each behind a plain function in its own module; importing the package loads none."""
 
 from __future__ import annotations

@@ -90,12 +90,12 @@ def paged_attention(
 
 
 def sampling_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The distribution `kernels.sampling.sample` draws from: float64 (rows, vocab), 0 for tokens filtered out."""
+    """What `kernels.sampling.sample` draws from: float64 (rows, vocab), 0 for tokens filtered out."""
     return torch.stack([_row_probabilities(row.double(), batch, i) for i, row in enumerate(logits)])
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Token ids, int64 (rows,): the first at which the cumulative probability exceeds the row's uniform number."""
+    """Token ids, int64 (rows,): the first whose cumulative probability exceeds the row's random number."""
     cumulative = sampling_probabilities(logits, batch).cumsum(-1)
     numbers = [uniform(int(s), int(p)) for s, p in zip(batch.seed, batch.position, strict=True)]
     targets = torch.tensor(numbers, dtype=torch.float64)[:, None] * cumulative[:, -1:]
@@ -103,7 +103,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits from Philox4x32-10 (Salmon et al. 2011), key `seed`, counter `position`."""
+    """A number in [0, 1) from Philox4x32-10 (Salmon et al. 2011) with key `seed` and counter `position`."""
     low = 0xFFFFFFFF
     seed %= 1 << 64
     key = [seed & low, seed >> 32]

@@ -1,7 +1,8 @@
 """Drawing the next token of each row of logits on the CPU: one pass over a row, no sort of the vocabulary.
 
-The parameters mean what they mean in vLLM. The random number is an argument in disguise: a pure function of a row's
-`(seed, position)` by Philox4x32-10, so a row's token does not depend on its neighbours, its place or the threads.
+The parameters mean what they mean in vLLM. The random number is an argument in disguise: a pure function of
+a row's `(seed, position)` by Philox4x32-10, so its token does not depend on its neighbours, its place or the
+threads.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ TokenLists = Sequence[Sequence[int]]
 class SamplingBatch:
     """The parameters of `sample`, one entry a row, as contiguous CPU tensors of exactly these dtypes.
 
-    Raises ValueError, naming the field and what is allowed, when made; later calls check nothing again. Values may be
-    changed in place (`batch.position += 1`); to change a length, make a new batch.
+    Raises ValueError, naming the field and what is allowed, when made; later calls check nothing again.
+    Values may be changed in place (`batch.position.add_(1)`); to change a length, make a new batch.
     """
 
     temperature: Tensor  # float32 (rows,), >= 0; 0 takes the largest logit after penalties
@@ -107,14 +108,15 @@ class SampleResult:
 
 
 def sample(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None) -> SampleResult:
-    """Draw one token a row from float32 CPU `logits` (rows, vocab); rows may be strided, the vocabulary may not.
+    """Draw one token a row from float32 CPU `logits` (rows, vocab), contiguous along the vocabulary.
 
-    In this order: penalties, temperature, min_p, top_k, top_p over what is left, one draw in order of token id. Equal
-    logits count as ordered by token id, lowest first; `top_k` keeps exactly k. The logits are not written.
+    In this order: penalties, temperature (below 1e-5 is greedy), min_p, top_k, top_p over what is left, one
+    draw in order of token id. Equal logits count as ordered by token id, lowest first: `top_k` keeps exactly
+    k. Tokens less likely than exp(-87) times the best are never drawn. The logits are not written.
 
-    A row with NaN, +inf or nothing but -inf, or with a token of its history outside the vocabulary, gets a sentence
-    in `errors`; other rows do not notice. `num_threads` defaults to torch's. Every CPU path (see csrc/row_kernels.h)
-    gives the same tokens. Raises ValueError if shapes, dtype or device do not fit.
+    A row with NaN, +inf or nothing but -inf, or with a token of its history outside the vocabulary, gets a
+    sentence in `errors`; other rows do not notice. `num_threads` defaults to torch's. Every CPU path (see
+    csrc/row_kernels.h) gives the same bits. Raises ValueError if shapes, dtype or device do not fit.
     """
     if logits.dtype is not torch.float32 or logits.device.type != "cpu":
         raise ValueError(f"logits must be a float32 CPU tensor, got {_describe(logits)}")

@@ -1,0 +1,83 @@
+"""`python -m tools.profile OP [--against PEER,PEER] [--shape NAME,NAME] [--batch N,N] [--json FILE]`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report.
+OPERATIONS = {"sampling": "tools.profile.sampling"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; empty lists leave the choice to the operation."""
+
+    against: list[str]
+    shapes: list[str]
+    batches: list[int]
+    seconds: float  # for each thing timed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse(arguments)
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
+    operation = load(parsed.operation)
+    options = Options(
+        against=known("peer", parsed.against, list(operation.PEERS)),
+        shapes=known("shape", parsed.shape, list(operation.SHAPES)),
+        batches=numbers("--batch", parsed.batch),
+        seconds=parsed.seconds,
+    )
+    report = operation.run(options)
+    print(report.text())
+    if parsed.json:
+        report.save(parsed.json)
+    return 1 if report.failures else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.profile", description=__doc__)
+    parser.add_argument("operation", metavar="OP", help="one of " + ", ".join(OPERATIONS))
+    parser.add_argument("--against", default="", metavar="PEER,PEER", help="what to compare with")
+    parser.add_argument("--shape", default="", metavar="NAME,NAME", help="shapes by name; all by default")
+    parser.add_argument("--batch", default="", metavar="N,N", help="batch sizes")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; torch's by default")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file")
+    return parser.parse_args(arguments)
+
+
+def load(name: str) -> ModuleType:
+    known("operation", name, list(OPERATIONS))
+    return import_module(OPERATIONS[name])
+
+
+def known(kind: str, names: str, allowed: list[str]) -> list[str]:
+    chosen = [name for name in names.split(",") if name]
+    for name in chosen:
+        if name not in allowed:
+            raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(allowed)}")
+    return chosen
+
+
+def numbers(option: str, text: str) -> list[int]:
+    parts = [part for part in text.split(",") if part]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option} must be positive integers separated by commas, got {text!r}")
+    return [int(part) for part in parts]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, ImportError, OSError) as error:
+        print(f"tools.profile: {error}", file=sys.stderr)
+        sys.exit(2)
