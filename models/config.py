@@ -37,7 +37,8 @@ class TransformerConfig:
         rope_theta: the rotary base. max_seqlen: longest source, and longest target, the model accepts.
         bias: whether linear layers have one. tie_embeddings: the head shares the target embedding's weight, and
             without target_vocab_size source and target share one embedding.
-        scale_embedding: multiply embeddings by sqrt(dim).
+        scale_embedding: multiply embeddings by sqrt(dim); unless given, where sinusoidal positions are added to them,
+            which would drown them otherwise.
         dropout: on embeddings and residual branches; attention_dropout: on attention weights.
     """
 
@@ -60,7 +61,7 @@ class TransformerConfig:
     max_seqlen: int = 2048
     bias: bool = True
     tie_embeddings: bool = True
-    scale_embedding: bool = False
+    scale_embedding: bool | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
 
@@ -75,6 +76,7 @@ class TransformerConfig:
         fill("ffn_dim", 4 * self.dim)
         fill("encoder_depth", self.depth)
         fill("target_vocab_size", self.vocab_size)
+        fill("scale_embedding", self.positions == "sinusoidal")
         _check_values(self)
 
     @property

@@ -28,8 +28,8 @@ ModelSection = dataclasses.make_dataclass(
         for name, hint in get_type_hints(TransformerConfig).items()
         if name not in ("vocab_size", "target_vocab_size")
     ],
-    module=__name__,
 )  # fmt: skip
+ModelSection.__module__ = __name__
 ModelSection.__doc__ = "The model's shape: the fields of models.config.TransformerConfig."
 
 
@@ -134,15 +134,17 @@ def parse(arguments: list[str]) -> RunConfig:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="the run's YAML file")
-    parser.add_class_arguments(RunConfig, as_group=False)
+    for name, section in {"model": ModelSection, "training": TrainingSection, "data": DataSection}.items():
+        parser.add_class_arguments(section, name)
     files, rest = _split_config(arguments)
     overrides = [re.sub(r"^(--)?(?=(model|training|data)\.\w+=)", "--", argument) for argument in rest]
     try:
         # --config first: jsonargparse lets a file undo an override that stands before it.
         parsed = parser.parse_args([*(f"--config={file}" for file in files), *overrides])
-        config: RunConfig = RunConfig(**{k: v for k, v in parser.instantiate_classes(parsed).items() if k != "config"})
+        sections = parser.instantiate(parsed)
     except jsonargparse.ArgumentError as error:
         raise ConfigError(_one_line(error)) from None
+    config = RunConfig(sections.model, sections.training, sections.data)
     if config.training.name is None:
         config.training.name = Path(files[-1]).stem if files else config.data.task
     return config

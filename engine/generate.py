@@ -1,0 +1,150 @@
+"""``python -m engine.generate``: text from a model on the command line, one prompt, a dialogue, or a file of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.llm import LLM
+from engine.request import RequestOutput
+from engine.sampling import SamplingParams
+
+
+def main(arguments: list[str]) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine.generate", description="Generates text with a model.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", "--source", dest="prompt", metavar="TEXT", help="the prompt, or the source to translate")
+    what.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
+    what.add_argument("--input", metavar="FILE", help="prompts, a line each, or .jsonl with the key prompt or source")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="where --input's results go, an object a line")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--max-tokens", type=int, default=128, metavar="N", help="most tokens generated (128)")
+    length.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and output together")
+    sampling = parser.add_argument_group("sampling")
+    for name, kind, default in (
+        ("temperature", float, 0.0), ("top-k", int, 0), ("top-p", float, 1.0), ("min-p", float, 0.0), ("n", int, 1),
+        ("seed", int, None), ("repetition-penalty", float, 1.0), ("presence-penalty", float, 0.0),
+        ("frequency-penalty", float, 0.0), ("logprobs", int, None),
+    ):  # fmt: skip
+        sampling.add_argument(f"--{name}", type=kind, default=default, help=f"({default})")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be given repeatedly")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+    engine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
+    engine.add_argument("--num-threads", type=int, help="CPU threads")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Does what the parsed options say. Raises ValueError or OSError for a user's mistake."""
+    if (options.input is None) != (options.output is None):
+        raise ValueError("--input and --output go together")
+    prompts = read_prompts(Path(options.input)) if options.input else []
+    sampling_params(options, options.max_tokens)  # a wrong value should not wait for the model to load
+    llm = LLM(options.model, device=options.device, dtype=options.dtype, num_threads=options.num_threads)
+    if options.interactive:
+        for line in typed_lines():
+            try:
+                show(llm, line, options)
+            except ValueError as error:
+                print(f"error: {error}")
+    elif options.input:
+        params = [sampling_params(options, max_tokens(llm, prompt, options)) for prompt in prompts]
+        outputs = llm.generate(prompts, params)
+        write_outputs(Path(options.output), prompts, outputs)
+    else:
+        show(llm, options.prompt, options)
+
+
+def show(llm: LLM, prompt: str, options: argparse.Namespace) -> None:
+    """Prints the output as it comes; several samples one after the other, when they are done."""
+    params = sampling_params(options, max_tokens(llm, prompt, options))
+    if params.n > 1 or params.logprobs is not None:
+        for completion in llm.generate(prompt, params, use_tqdm=False)[0].outputs:
+            print(completion.text if params.logprobs is None else json.dumps(asdict(completion), ensure_ascii=False))
+        return
+    for delta in llm.stream(prompt, params):
+        print(delta.text, end="", flush=True)
+        if delta.finish_reason == "error":
+            print("[the model gave no finite logits]", end="")
+    print()
+
+
+def sampling_params(options: argparse.Namespace, limit: int) -> SamplingParams:
+    names = ("temperature", "top_k", "top_p", "min_p", "n", "seed", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "logprobs", "stop")  # fmt: skip
+    return SamplingParams(max_tokens=limit, **{name: getattr(options, name) for name in names})
+
+
+def max_tokens(llm: LLM, prompt: str, options: argparse.Namespace) -> int:
+    """--max-tokens, or what --max-length leaves once the decoder's prompt is counted."""
+    if options.max_length is None:
+        return options.max_tokens
+    used = 1 if llm.config.is_encoder_decoder or llm.tokenizer is None else len(llm.tokenizer.encode(prompt))
+    if options.max_length <= used:
+        raise ValueError(f"--max-length {options.max_length} leaves no room after a prompt of {used} tokens")
+    return options.max_length - used
+
+
+def typed_lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise ValueError(f"no input file at {path}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    if path.suffix != ".jsonl":
+        return lines
+    return [_prompt_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _prompt_of(line: str, place: str) -> str:
+    try:
+        entry: Any = json.loads(line)
+    except ValueError:
+        entry = None
+    prompt = entry.get("prompt", entry.get("source")) if isinstance(entry, dict) else None
+    if not isinstance(prompt, str):
+        raise ValueError(f"{place}: expected a JSON object with a string prompt or source")
+    return prompt
+
+
+def write_outputs(path: Path, prompts: list[str], outputs: list[RequestOutput]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, output in zip(prompts, outputs, strict=True):
+            entry = {"prompt": prompt, "outputs": [asdict(completion) for completion in output.outputs]}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

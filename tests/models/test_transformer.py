@@ -1,0 +1,96 @@
+"""The two models, in every shape the config allows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import EncoderDecoder
+from models.cache import Lengths
+from tests.conftest import tiny_model
+
+ARCHITECTURES = ["encoder_decoder", "decoder_only"]
+SHAPES: list[dict[str, object]] = [
+    {"norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    {"norm_place": "post", "activation": "gelu"},
+    {"activation": "geglu", "positions": "learned"},
+    {"positions": "rotary", "tie_embeddings": False},
+    {"positions": "none", "activation": "relu", "kv_heads": 4},
+    {"positions": "sinusoidal", "target_vocab_size": 50, "activation": "silu"},
+    {"head_dim": 10, "activation": "gelu_new"},
+]
+
+
+def run(model: torch.nn.Module, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return model(source, target) if isinstance(model, EncoderDecoder) else model(target)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_runs_forward_and_backward(architecture: str, shape: dict[str, object]) -> None:
+    model = tiny_model(architecture, **shape)
+    logits = run(model, torch.randint(60, (2, 7)), torch.randint(50, (2, 5)))
+    assert logits.shape == (2, 5, model.config.target_vocab_size)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_decoder_does_not_see_the_future(architecture: str) -> None:
+    model = tiny_model(architecture)
+    source, target = torch.randint(60, (1, 7)), torch.randint(60, (1, 6))
+    changed = target.clone()
+    changed[0, 4:] = (changed[0, 4:] + 1) % 60
+    before, after = run(model, source, target), run(model, source, changed)
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_padding_a_source_changes_nothing() -> None:
+    model = tiny_model("encoder_decoder")
+    source, target = torch.randint(4, 60, (1, 5)), torch.randint(60, (1, 4))
+    padded = torch.cat((source, torch.randint(60, (1, 3))), dim=1)
+    torch.testing.assert_close(model(padded, target, source_lengths=torch.tensor([5])), model(source, target))
+
+
+def test_packed_and_padded_encoding_agree() -> None:
+    model = tiny_model("encoder_decoder")
+    assert isinstance(model, EncoderDecoder)
+    source = torch.randint(4, 60, (2, 6))
+    padded = model.encode(source, Lengths(key_lengths=torch.tensor([6, 3])))
+    packed = model.encode(
+        torch.cat((source[0], source[1, :3])),
+        Lengths(cu_seqlens=torch.tensor([0, 6, 9], dtype=torch.int32), max_seqlen=6),
+        positions=torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2]),
+    )
+    torch.testing.assert_close(packed, torch.cat((padded[0], padded[1, :3])))
+
+
+def test_embeddings_may_stand_for_token_ids() -> None:
+    decoder = tiny_model("decoder_only")
+    target = torch.randint(60, (2, 5))
+    torch.testing.assert_close(decoder(inputs_embeds=decoder.decoder.embedding.embed_tokens(target)), decoder(target))
+    pair = tiny_model("encoder_decoder")
+    assert isinstance(pair, EncoderDecoder)
+    embedded = pair.encoder.embedding.embed_tokens(target)
+    torch.testing.assert_close(pair(None, target, inputs_embeds=embedded), pair(target, target))
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    model = tiny_model("encoder_decoder").train()
+    source, target = torch.randint(60, (2, 6)), torch.randint(60, (2, 5))
+    gradients = []
+    for enabled in (False, True):
+        model.set_activation_checkpointing(enabled)
+        model.zero_grad()
+        model(source, target).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_tied_embeddings_share_one_weight() -> None:
+    model = tiny_model("encoder_decoder")
+    assert model.lm_head.weight is model.decoder.embedding.tokens.weight is model.encoder.embedding.tokens.weight
+    apart = tiny_model("encoder_decoder", target_vocab_size=50)
+    assert apart.decoder.embedding.tokens.weight is not apart.encoder.embedding.tokens.weight
