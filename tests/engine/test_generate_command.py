@@ -1,0 +1,77 @@
+"""``python -m engine.generate`` as a user meets it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.generate import main
+
+
+def run(*arguments: object) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse's own way out
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--source"])
+def test_a_prompt_prints_its_text(flag: str, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", model_folder, flag, "abc", "--max-tokens", 5) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_max_length_counts_the_prompt(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", model_folder, "--prompt", "abc", "--max-length", 6, "--logprobs", 0) == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert len(entry["token_ids"]) <= 6
+    assert run("--model", model_folder, "--prompt", "abc", "--max-length", 1) == 2
+
+
+def test_a_file_of_prompts_becomes_a_file_of_outputs(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "abc"}\n{"source": "세계"}\n')
+    (tmp_path / "in.txt").write_text("abc\n\n세계\n")
+    for name in ("in.jsonl", "in.txt"):
+        out = tmp_path / f"{name}.out.jsonl"
+        assert run("--model", model_folder, "--input", tmp_path / name, "--output", out, "--max-tokens", 4) == 0
+        entries = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [entry["prompt"] for entry in entries] == ["abc", "세계"]
+        assert all(entry["outputs"][0]["token_ids"] for entry in entries)
+
+
+def test_interactive_answers_line_by_line(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n\nxyz\n"))
+    assert run("--model", model_folder, "--interactive", "--max-tokens", 3) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere", "--prompt", "a"], "no model folder"),
+        (["--model", "MODEL", "--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["--model", "MODEL", "--input", "missing.txt", "--output", "o.jsonl"], "no input file"),
+        (["--model", "MODEL", "--input", "EMPTY", "--output", "o.jsonl"], "is empty"),
+        (["--model", "MODEL", "--input", "BROKEN", "--output", "o.jsonl"], "line 1"),
+        (["--model", "MODEL", "--input", "EMPTY"], "go together"),
+        (["--model", "MODEL", "--prompt", "a", "--device", "tpu"], "unknown device"),
+        (["--model", "MODEL", "--prompt", "a", "--dtype", "int3"], "unknown dtype"),
+        (["--model", "MODEL", "--prompt", "a", "--tempature", "1"], "unrecognized arguments"),
+        (["--model", "MODEL"], "required"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    names = {"MODEL": model_folder, "EMPTY": tmp_path / "empty.txt", "BROKEN": tmp_path / "broken.jsonl"}
+    assert run(*[names.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
