@@ -26,7 +26,10 @@ class CMakeBuild(build_ext):
         if not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])):
             sys.exit("a C++17 compiler is missing: install g++ or clang++ and try again")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / ("sanitize" if os.environ.get("TANDEM_SANITIZE") == "1" else "release")
+        ninja = shutil.which("ninja")
+        # CMake remembers its generator and Python, so each combination has a folder of its own.
+        kind = "sanitize" if os.environ.get("TANDEM_SANITIZE") == "1" else "release"
+        build = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}"
         configure = [
             cmake,
             f"-S{ROOT}",
@@ -34,10 +37,11 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTANDEM_OUTPUT_DIRECTORY={target.parent}",
-            f"-DTANDEM_SANITIZE={'ON' if os.environ.get('TANDEM_SANITIZE') == '1' else 'OFF'}",
+            f"-DTANDEM_SANITIZE={'ON' if kind == 'sanitize' else 'OFF'}",
         ]
-        if shutil.which("ninja"):
-            configure.append("-GNinja")
+        # Named each time: the one remembered may have been in a build environment of pip, since gone.
+        if ninja:
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
 

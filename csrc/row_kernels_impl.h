@@ -81,28 +81,33 @@ Tally mass_at_least(const float* values, int64_t n, float threshold) {
 // `collect` for elements begin to end - 1, written from place `kept` on; returns the place after the last.
 int64_t collect_range(const float* values, const int32_t* ids, int64_t begin, int64_t end, float low,
                       float high, float* out_values, int32_t* out_ids, int64_t kept) {
-    int64_t i = begin;
-#if defined(__AVX512F__)
-    // Compressed in a register and then stored whole: compressing straight to memory is slow on Zen 4.
-    const __m512i first_lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; i + kWidth <= end; i += kWidth) {
-        const Vec v = load(values + i);
-        const Mask mask = at_least(v, splat(low)) & below(v, splat(high));
-        if (!any(mask)) continue;
-        const __m512i id = ids == nullptr ? first_lanes + _mm512_set1_epi32(static_cast<int32_t>(i))
-                                          : _mm512_loadu_si512(ids + i);
-        _mm512_storeu_ps(out_values + kept, _mm512_maskz_compress_ps(mask, v));
-        _mm512_storeu_si512(out_ids + kept, _mm512_maskz_compress_epi32(mask, id));
-        kept += count(mask);
-    }
-#endif
-    for (; i < end; ++i) {
+    const auto keep_one = [&](int64_t i) {
         const float value = values[i];
         const int32_t id = ids == nullptr ? static_cast<int32_t>(i) : ids[i];
         out_values[kept] = value;
         out_ids[kept] = id;
         kept += value >= low && value < high ? 1 : 0;
+    };
+    int64_t i = begin;
+    for (; i + kWidth <= end; i += kWidth) {
+        const Vec v = load(values + i);
+        const Mask reaches = at_least(v, splat(low));
+        if (!any(reaches)) continue;
+#if defined(__AVX512F__)
+        // Compressed in a register and then stored whole: compressing straight to memory is slow on Zen 4.
+        const Mask mask = reaches & below(v, splat(high));
+        const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i id = ids == nullptr
+                               ? _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int32_t>(i)))
+                               : _mm512_loadu_si512(ids + i);
+        _mm512_storeu_ps(out_values + kept, _mm512_maskz_compress_ps(mask, v));
+        _mm512_storeu_si512(out_ids + kept, _mm512_maskz_compress_epi32(mask, id));
+        kept += count(mask);
+#else
+        for (int lane = 0; lane < kWidth; ++lane) keep_one(i + lane);
+#endif
     }
+    for (; i < end; ++i) keep_one(i);
     return kept;
 }
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -76,10 +76,9 @@ inline int64_t count(Mask mask) {
     return total;
 }
 #if defined(__AVX2__)
-inline unsigned bits_of(Mask mask) {
-    return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
-}
-inline bool any(Mask mask) { return bits_of(mask) != 0; }
+inline bool any(Mask mask) { return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0; }
+#elif defined(__SSE2__)
+inline bool any(Mask mask) { return _mm_movemask_ps(reinterpret_cast<__m128>(mask)) != 0; }
 #else
 inline bool any(Mask mask) { return count(mask) != 0; }
 #endif
@@ -111,20 +110,27 @@ inline Lanes splat_lanes(float x) {
     return lanes;
 }
 
-// The sum of the lanes, as a tree: 8 and 8, 4 and 4, 2 and 2, 1 and 1.
+// The lanes made one, as a tree: 8 and 8, 4 and 4, 2 and 2, 1 and 1.
+template <class OnVecs, class OnFloats>
+inline float fold(Lanes lanes, OnVecs on_vecs, OnFloats on_floats) {
+    for (int half = kParts / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes.part[i] = on_vecs(lanes.part[i], lanes.part[i + half]);
+    float x[kWidth];
+    store(x, lanes.part[0]);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] = on_floats(x[i], x[i + half]);
+    return x[0];
+}
+
 inline float sum_of(const Lanes& lanes) {
 #if defined(__AVX512F__)
-    const __m512 v = lanes.part[0];
+    const __m512 v = lanes.part[0];  // the same tree without leaving the registers
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
-    float x[kLanes];
-    for (int i = 0; i < kParts; ++i) store(x + i * kWidth, lanes.part[i]);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
+    return fold(lanes, [](Vec a, Vec b) { return a + b; }, [](float a, float b) { return a + b; });
 #endif
 }
 
@@ -132,11 +138,7 @@ inline float max_of(const Lanes& lanes) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(lanes.part[0]);
 #else
-    float x[kLanes];
-    for (int i = 0; i < kParts; ++i) store(x + i * kWidth, lanes.part[i]);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] = x[i] < x[i + half] ? x[i + half] : x[i];
-    return x[0];
+    return fold(lanes, larger, [](float a, float b) { return a < b ? b : a; });
 #endif
 }
 

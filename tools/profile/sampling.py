@@ -17,14 +17,13 @@ from torch import Tensor
 from kernels import reference
 from kernels.sampling import SamplingBatch, sample
 from tools.profile.report import Cell, Report
-from tools.profile.timing import ReadBandwidth, Timing, interleaved
+from tools.profile.timing import READ_BYTES, ReadBandwidth, Timing, interleaved
 
 if TYPE_CHECKING:
     from tools.profile.__main__ import Options
 
 SHAPES = {"32k": 32_000, "50k": 50_257, "128k": 128_256}
 BATCHES = [1, 32]
-ROTATED_BYTES = 128 << 20
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 
 Warper = Callable[[Tensor], Tensor]  # logits (rows, vocab) to probabilities
@@ -79,14 +78,16 @@ def measure_filters(
 
 
 def measure_greedy(vocab: int, rows: int, seconds: float, report: Report) -> dict[str, Cell]:
-    """Greedy sampling from memory, interleaved with plain reading of memory."""
-    buffers = [make_logits(rows, vocab, seed) for seed in range(1 + ROTATED_BYTES // (4 * rows * vocab))]
+    """Greedy sampling from memory, interleaved with plain reading of the same memory."""
+    memory = make_logits(rows * (1 + READ_BYTES // (4 * rows * vocab)), vocab)
+    buffers = memory.split(rows)
     batch = SamplingBatch.build(rows, temperature=0.0)
     if not torch.equal(sample(buffers[0], batch).token_ids, buffers[0].argmax(-1)):
         report.failures.append(f"greedy at vocabulary {vocab} is not the argmax")
     rotation = cycle(buffers)
-    timings = interleaved({"ours": lambda: sample(next(rotation), batch), "read": ReadBandwidth()}, seconds)
-    ceiling = ReadBandwidth.bytes_per_second(timings["read"])
+    read = ReadBandwidth(memory)
+    timings = interleaved({"ours": lambda: sample(next(rotation), batch), "read": read}, seconds)
+    ceiling = read.bytes_per_second(timings["read"])
     row = describe("greedy", vocab, rows, timings["ours"])
     row["% of read bandwidth"] = 100 * 4 * vocab * rows / timings["ours"].median / ceiling
     report.ceilings["read GB/s"] = round(ceiling / 1e9, 1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
+from torch import Tensor
 
 CHUNK_SECONDS = 0.002  # calls are timed in chunks of about this length
 MIN_ROUNDS = 9
@@ -48,20 +49,20 @@ def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float = 
 class ReadBandwidth:
     """Reads a buffer far larger than the caches with torch's threads: call it inside `interleaved`."""
 
-    def __init__(self) -> None:
-        self.buffer = torch.ones(READ_BYTES // 4)
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
 
     def __call__(self) -> object:
         return self.buffer.sum()
 
-    @staticmethod
-    def bytes_per_second(timing: Timing) -> float:
-        return READ_BYTES / timing.median
+    def bytes_per_second(self, timing: Timing) -> float:
+        return self.buffer.nbytes / timing.median
 
 
 def read_bandwidth() -> float:
     """Bytes a second that torch's threads read from memory together."""
-    return ReadBandwidth.bytes_per_second(interleaved({"read": ReadBandwidth()}, seconds=0.3)["read"])
+    read = ReadBandwidth(torch.ones(READ_BYTES // 4))
+    return read.bytes_per_second(interleaved({"read": read}, seconds=0.3)["read"])
 
 
 def _calls_a_chunk(function: Callable[[], object]) -> int:
