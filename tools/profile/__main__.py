@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report.
-OPERATIONS = {"sampling": "tools.profile.sampling"}
+OPERATIONS = {"sampling": "tools.profile.sampling", "train": "tools.profile.train"}
 
 
 @dataclass(frozen=True)

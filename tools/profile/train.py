@@ -1,0 +1,166 @@
+"""`train`: one eager training step, forward to optimizer, of our models and of the same shapes in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import TransformerConfig, build_model
+from tools.profile.report import Cell, Report
+from tools.profile.timing import Timing, interleaved
+from train.data.batching import Batch
+from train.evaluation import sum_loss
+from train.optimizer import build_optimizer
+
+if TYPE_CHECKING:
+    from tools.profile.__main__ import Options
+
+VOCAB, DIM, HEADS = 256, 256, 8
+GEMM = 2048
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers of the decoder and, for a pair, of the encoder; tokens of a sequence on either side. No dropout."""
+
+    depth: int
+    seqlen: int = 32
+    encoder_depth: int = 0
+
+
+SHAPES = {"encoder_decoder": Shape(6, encoder_depth=6), "decoder_only": Shape(4)}
+PEERS = ("transformers",)
+BATCHES = [64]
+
+Loss = Callable[[Batch], Tensor]
+Step = Callable[[], Tensor]
+
+
+def run(options: Options) -> Report:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_flush_denormal(True)
+    rows: list[dict[str, Cell]] = []
+    failures: list[str] = []
+    limit = gemm_rate(device)
+    for name in options.shapes or list(SHAPES):
+        for size in options.batches or BATCHES:
+            shape = SHAPES[name]
+            batch = make_batch(shape, size).to(device)
+            losses = {"tandem": ours(shape, device)}
+            if "transformers" in options.against:
+                losses["transformers"] = theirs(shape, device)
+            steps = {who: stepper(model, loss, batch) for who, (model, loss) in losses.items()}
+            failures += [f"{name}: {who} does not learn" for who, step in steps.items() if not learns(step)]
+            timings = interleaved(steps, seconds=max(options.seconds, 1.0) * 8)
+            rows += [row(name, who, shape, size, timing, timings, limit) for who, timing in timings.items()]
+    return Report("train", rows, {"fp32 matrix product GFLOP/s": round(limit / 1e9)}, failures)
+
+
+def row(
+    name: str, who: str, shape: Shape, size: int, timing: Timing, timings: dict[str, Timing], limit: float
+) -> dict[str, Cell]:
+    tokens = size * shape.seqlen * (2 if shape.encoder_depth else 1)
+    rate = flops(shape, size) / timing.median
+    return {
+        "shape": f"{name} {shape.encoder_depth or ''}{'+' if shape.encoder_depth else ''}{shape.depth} x {DIM}",
+        "batch": f"{size} x {shape.seqlen}",
+        "who": who,
+        "step ms": timing.median * 1e3,
+        "20-80%": f"{timing.low * 1e3:.0f}-{timing.high * 1e3:.0f}",
+        "tokens/s": tokens / timing.median,
+        "GFLOP/s": rate / 1e9,
+        "% of limit": 100 * rate / limit,
+        "times tandem": timing.median / timings["tandem"].median,
+    }
+
+
+def make_batch(shape: Shape, size: int) -> Batch:
+    torch.manual_seed(0)
+    source, target = (torch.randint(4, VOCAB, (size, shape.seqlen)) for _ in range(2))
+    labels = torch.randint(4, VOCAB, (size, shape.seqlen))
+    return Batch(source if shape.encoder_depth else None, None, target, labels, labels.numel(), labels.numel())
+
+
+def ours(shape: Shape, device: torch.device) -> tuple[nn.Module, Loss]:
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        "encoder_decoder" if shape.encoder_depth else "decoder_only", VOCAB, dim=DIM, heads=HEADS, depth=shape.depth,
+        encoder_depth=shape.encoder_depth or None, positions="sinusoidal" if shape.encoder_depth else "rotary",
+        activation="gelu" if shape.encoder_depth else "gelu_new",
+    )  # fmt: skip
+    model = build_model(config).to(device)
+    return model, lambda batch: sum_loss(model, batch) / batch.num_target_tokens
+
+
+def theirs(shape: Shape, device: torch.device) -> tuple[nn.Module, Loss]:
+    """Marian or GPT-2 with the same widths, depths, activation and vocabulary, their attention through SDPA."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    if not shape.encoder_depth:
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB, n_embd=DIM, n_layer=shape.depth, n_head=HEADS, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, n_positions=512, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config).to(device).train()
+        return model, lambda batch: _cross_entropy(model(input_ids=batch.input_ids).logits, batch)
+    config = transformers.MarianConfig(
+        vocab_size=VOCAB, d_model=DIM, encoder_layers=shape.encoder_depth, decoder_layers=shape.depth,
+        encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=4 * DIM, decoder_ffn_dim=4 * DIM,
+        dropout=0.0, activation_function="gelu", pad_token_id=0, eos_token_id=2, decoder_start_token_id=1,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    model = transformers.MarianMTModel(config).to(device).train()
+    return model, lambda batch: _cross_entropy(
+        model(input_ids=batch.source_ids, decoder_input_ids=batch.input_ids).logits, batch
+    )
+
+
+def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+
+
+def stepper(model: nn.Module, loss_of: Loss, batch: Batch) -> Step:
+    """A whole update: gradients, clipping, fused AdamW. Returns the loss, read back so that a GPU has finished."""
+    optimizer = build_optimizer(model, 1e-3, 0.01, (0.9, 0.98))
+
+    def step() -> Tensor:
+        loss = loss_of(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach().cpu()
+
+    return step
+
+
+def learns(step: Step) -> bool:
+    """Whether a few steps on one batch bring its loss down."""
+    losses = [float(step()) for _ in range(6)]
+    return losses[-1] < losses[0]
+
+
+def flops(shape: Shape, size: int) -> float:
+    """Floating-point operations of a step: 6 a weight and token in linear layers, 12 a score and channel in attention."""
+    block = 12 * DIM * DIM
+    tokens = size * shape.seqlen
+    weights = shape.depth * block + VOCAB * DIM
+    attentions = shape.depth
+    if shape.encoder_depth:
+        weights += shape.encoder_depth * block + shape.depth * 4 * DIM * DIM
+        attentions = shape.encoder_depth + 2 * shape.depth
+    return 6.0 * weights * tokens + 12.0 * attentions * tokens * shape.seqlen * DIM
+
+
+def gemm_rate(device: torch.device) -> float:
+    """FLOP/s of a large float32 matrix product: what a step could reach at best."""
+    a, b = (torch.randn(GEMM, GEMM, device=device) for _ in range(2))
+    timing = interleaved({"gemm": lambda: (a @ b)[0, 0].item()}, seconds=1.0)["gemm"]
+    return 2 * GEMM**3 / timing.median
