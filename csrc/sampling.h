@@ -1,5 +1,9 @@
 // Draws the next token of each row of logits; the meanings of the parameters are vLLM's (see
 // kernels/sampling.py).
+//
+// What limits it is reading a row once, 4 bytes a token of the vocabulary: greedy, top_k and min_p do little
+// else. Unfiltered draws, top_p alone and log-probabilities also take an exponential a token, bound by
+// arithmetic.
 #pragma once
 
 #include <cstdint>
