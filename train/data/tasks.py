@@ -6,9 +6,12 @@ import random
 import string
 from collections.abc import Callable
 
+from models.config import ConfigError
+
 LETTERS = string.ascii_lowercase + " "
 MAX_LENGTH = 12
 MAX_NUMBER = 999
+MAX_DRAWS = 100  # for each validation example, before the task counts as used up
 
 Example = tuple[str, str]
 
@@ -36,14 +39,21 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {"reversal": reversal, "c
 
 
 def generate(task: str, num_train: int, num_validation: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Distinct validation examples, and training examples among which none of them occurs."""
+    """Training examples, and distinct validation examples none of which occurs among them.
+
+    Training is drawn first. The other way round would hold out nearly all of the 27 strings of one letter, and leave
+    training without an example of that length.
+    """
     rng = random.Random(f"{task}-{seed}")
     draw = TASKS[task]
+    train = [draw(rng) for _ in range(num_train)]
+    seen = set(train)
     validation: dict[Example, None] = {}
-    while len(validation) < num_validation:
-        validation[draw(rng)] = None
-    train: list[Example] = []
-    while len(train) < num_train:
-        if (example := draw(rng)) not in validation:
-            train.append(example)
-    return train, list(validation)
+    for _ in range(MAX_DRAWS * num_validation):
+        if len(validation) == num_validation:
+            return train, list(validation)
+        if (example := draw(rng)) not in seen:
+            validation[example] = None
+    raise ConfigError(
+        f"{num_train} training examples of {task} leave too few unseen ones for data.num_val_samples={num_validation}"
+    )
