@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine.generate", description="Generates text with a model.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", "--source", dest="prompt", metavar="TEXT", help="the prompt, or the source to translate")
+    what.add_argument(
+        "--prompt", "--source", dest="prompt", metavar="TEXT", help="the prompt, or the source to translate"
+    )
     what.add_argument("--interactive", action="store_true", help="read prompts from the terminal, a line each")
     what.add_argument("--input", metavar="FILE", help="prompts, a line each, or .jsonl with the key prompt or source")
     parser.add_argument("--output", metavar="FILE.jsonl", help="where --input's results go, an object a line")

@@ -61,7 +61,12 @@ class LLM:
 
     @classmethod
     def from_model(
-        cls, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None, *, device: Device = "auto", **options: Any
+        cls,
+        model: DecoderOnly | EncoderDecoder,
+        tokenizer: Tokenizer | None,
+        *,
+        device: Device = "auto",
+        **options: Any,
     ) -> LLM:
         """An engine around a live model, whose weights it shares; the model is put into evaluation mode."""
         llm = cls.__new__(cls)
@@ -83,7 +88,8 @@ class LLM:
         num_threads: int | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in [("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len), ("block_size", block_size),
+        for name, value in [("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len),
+                            ("block_size", block_size),
                             ("max_num_batched_tokens", max_num_batched_tokens), ("num_threads", num_threads),
                             ("kv_cache_memory_bytes", kv_cache_memory_bytes)]:  # fmt: skip
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -111,7 +117,10 @@ class LLM:
         self._seeds = random.Random(seed)
 
     def generate(
-        self, prompts: Prompts, params: SamplingParams | SequenceOf[SamplingParams] | None = None, use_tqdm: bool = True
+        self,
+        prompts: Prompts,
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the prompts' order. For an encoder-decoder a prompt is the source.
 
@@ -127,7 +136,9 @@ class LLM:
                 progress.advance(task, finished)
         return [_output(request) for request in requests]
 
-    def stream(self, prompts: Prompts, params: SamplingParams | SequenceOf[SamplingParams] | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompts: Prompts, params: SamplingParams | SequenceOf[SamplingParams] | None = None
+    ) -> Iterator[Delta]:
         """Yields what each step adds. Text never ends inside a character, nor in what may become a stop string.
 
         Closing the iterator aborts what is left.
@@ -181,7 +192,9 @@ class LLM:
         (sequence,) = request.sequences
         sequence.token_ids += target_ids
         if len(sequence.token_ids) > self.max_model_len:
-            raise ValueError(f"prompt and target are {len(sequence.token_ids)} tokens, beyond max_model_len {self.max_model_len}")
+            raise ValueError(
+                f"prompt and target are {len(sequence.token_ids)} tokens, beyond max_model_len {self.max_model_len}"
+            )
         sequence.max_length = len(sequence.token_ids)
         return request
 

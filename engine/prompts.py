@@ -27,15 +27,20 @@ class PromptReader:
         request = self._read(request_id, prompt, params)
         length = len(request.prompt_token_ids)
         if length >= self.max_model_len:
-            raise ValueError(f"the prompt is {length} tokens; max_model_len {self.max_model_len} leaves no room to generate")
+            raise ValueError(
+                f"the prompt is {length} tokens; max_model_len {self.max_model_len} leaves no room to generate"
+            )
         limit = self.max_model_len if params.max_tokens is None else length + params.max_tokens
         for index in range(params.n):
             request.sequences.append(
                 Sequence(
-                    request, index, list(request.prompt_token_ids), _wrap(seed + index),
+                    request,
+                    index,
+                    list(request.prompt_token_ids),
+                    _wrap(seed + index),
                     TextStream(self.tokenizer, params.skip_special_tokens) if self.tokenizer else None,
                     max_length=min(limit, self.max_model_len),
-                )  # fmt: skip
+                )
             )
         return request
 

@@ -11,7 +11,6 @@ from models.tokenizer import TextStream, Tokenizer
 if TYPE_CHECKING:
     from engine.kv_cache import Row
     from kernels.sampling import SampleResult
-    from engine.kv_cache import Row
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -51,7 +50,8 @@ class RequestOutput:
     encoder_prompt_token_ids: list[int] | None = None
 
 
-class Delta(NamedTuple):
+@dataclass(frozen=True)
+class Delta:
     """What a step added to one output of one request: text may lag behind token_ids by an unfinished character."""
 
     request_index: int

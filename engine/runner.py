@@ -39,7 +39,7 @@ class Runner:
         return cast(EncoderDecoder, self.model).encode(token_ids, packed, positions=positions)
 
     def decode(self, sequences: list[Sequence]) -> tuple[Tensor, CacheView]:
-        """Runs each sequence's tokens that the cache lacks. Returns their hidden states, (tokens, dim), and the view."""
+        """Runs each sequence's tokens that the cache lacks; returns their hidden states (tokens, dim) and the view."""
         new = [sequence.token_ids[sequence.num_cached :] for sequence in sequences]
         counts = np.array([len(ids) for ids in new], dtype=np.int32)
         starts = np.array([sequence.num_cached for sequence in sequences], dtype=np.int32)

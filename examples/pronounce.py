@@ -1,4 +1,4 @@
-"""``make demo``: train a transformer to pronounce English from a dictionary, then let it pronounce words it never saw."""
+"""``make demo``: train a transformer to pronounce English from a dictionary, then pronounce unseen words."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., out_features) for x (..., in_features), weight (out_features, in_features), bias (out_features,) or None."""
+    """(..., out_features) for x (..., in_features), weight (out_features, in_features), bias (out_features,)."""
     if not _prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

@@ -52,7 +52,14 @@ def paged_attention(
     """
     if choose("paged_attention", AVAILABLE, backend) == "reference":
         return reference.paged_attention(
-            q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal=causal, softmax_scale=softmax_scale
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            cache_seqlens,
+            cu_seqlens_q,
+            causal=causal,
+            softmax_scale=softmax_scale,
         )
     # SDPA reads rectangles: gather each sequence's blocks side by side and mask what lies past its end.
     table = block_table.long()

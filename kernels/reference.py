@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -81,12 +82,11 @@ def paged_attention(
     """Attention over a paged cache, a sequence at a time: see ``kernels.paged_attention.paged_attention``."""
     out = torch.empty_like(q)
     bounds = cu_seqlens_q.tolist()
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         length = int(cache_seqlens[i])
         k, v = (c[block_table[i].long()].flatten(0, 1)[None, :length] for c in (k_cache, v_cache))
         out[start:end] = attention(q[None, start:end], k, v, causal=causal, softmax_scale=softmax_scale)[0][0]
     return out
-
 
 
 def sampling_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -42,9 +42,7 @@ class SamplingBatch:
     seed: Tensor  # int64 (rows,)
     position: Tensor  # int64 (rows,), >= 0
     num_logprobs: Tensor  # int32 (rows,); -1 none, 0 the chosen token's, n also those of the n largest logits
-    history_ids: (
-        Tensor  # int32 (total,): each row's prompt, then its output; read only for rows with a penalty
-    )
+    history_ids: Tensor  # int32 (total,): each row's prompt, then its output; read only for rows with a penalty
     history_offsets: Tensor  # int64 (rows + 1,): where each row's history starts
     prompt_lengths: Tensor  # int32 (rows,): how much of a row's history is prompt
     _native: _C.SamplingBatch = field(init=False, repr=False)
@@ -148,9 +146,7 @@ def _history(rows: int, prompt_ids: TokenLists | None, output_ids: TokenLists | 
     prompts = [()] * rows if prompt_ids is None else prompt_ids
     outputs = [()] * rows if output_ids is None else output_ids
     if len(prompts) != rows or len(outputs) != rows:
-        raise ValueError(
-            f"prompt_ids and output_ids must hold {rows} lists, got {len(prompts)} and {len(outputs)}"
-        )
+        raise ValueError(f"prompt_ids and output_ids must hold {rows} lists, got {len(prompts)} and {len(outputs)}")
     histories = [[*prompt, *output] for prompt, output in zip(prompts, outputs, strict=True)]
     return {
         "history_ids": torch.tensor([i for ids in histories for i in ids], dtype=torch.int32),

@@ -67,17 +67,20 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         # Fields with a computed default are filled in once, so that no reader repeats the rule.
-        fill = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)  # noqa: E731
         _check_types(self)
-        fill("kv_heads", self.heads)
+        self._fill("kv_heads", self.heads)
         if self.head_dim is None and self.heads > 0 and self.dim % self.heads:
             raise ConfigError(f"dim {self.dim} is not a multiple of heads {self.heads}: give head_dim or change one")
-        fill("head_dim", self.dim // max(self.heads, 1))
-        fill("ffn_dim", 4 * self.dim)
-        fill("encoder_depth", self.depth)
-        fill("target_vocab_size", self.vocab_size)
-        fill("scale_embedding", self.positions == "sinusoidal")
+        self._fill("head_dim", self.dim // max(self.heads, 1))
+        self._fill("ffn_dim", 4 * self.dim)
+        self._fill("encoder_depth", self.depth)
+        self._fill("target_vocab_size", self.vocab_size)
+        self._fill("scale_embedding", self.positions == "sinusoidal")
         _check_values(self)
+
+    def _fill(self, name: str, value: object) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     @property
     def is_encoder_decoder(self) -> bool:

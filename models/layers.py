@@ -40,7 +40,7 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between; a gated one multiplies by a second projection (arXiv:2002.05202)."""
+    """Two linear layers around an activation; a gated one multiplies by a second projection (arXiv:2002.05202)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -174,9 +174,7 @@ class Block(nn.Module):
             attend, norm = self.cross_attention, self.cross_attention_norm
             assert norm is not None
             around = source_lengths or Lengths()
-            x = self._residual(
-                x, norm, lambda y: attend(y, encoder_output=encoder_output, lengths=around, cache=cache)
-            )
+            x = self._residual(x, norm, lambda y: attend(y, encoder_output=encoder_output, lengths=around, cache=cache))
         return self._residual(x, self.ffn_norm, self.ffn)
 
 

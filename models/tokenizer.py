@@ -1,4 +1,4 @@
-"""Text to token ids and back: character, word and byte-level BPE vocabularies, trained on the data or read from a file."""
+"""Text to token ids and back: character, word and byte-level BPE vocabularies, trained or read from a file."""
 
 from __future__ import annotations
 

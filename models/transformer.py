@@ -180,7 +180,11 @@ class EncoderDecoder(Transformer):
             encoder_output = self.encode(source_ids, source, inputs_embeds=inputs_embeds)
         return self.logits(
             self.decoder(
-                target_ids, positions=positions, encoder_output=encoder_output, source_lengths=source, cache=cache
+                target_ids,
+                positions=positions,
+                encoder_output=encoder_output,
+                source_lengths=source,
+                cache=cache,
             )
         )
 

@@ -17,7 +17,14 @@ TEXTS = ["abcdefghijklmnopqrstuvwxyz 0123456789+-.", "안녕하세요 세계"]
 
 
 def tiny_config(architecture: str, **changes: object) -> TransformerConfig:
-    values: dict[str, object] = {"vocab_size": 60, "dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "max_seqlen": 64}
+    values: dict[str, object] = {
+        "vocab_size": 60,
+        "dim": 32,
+        "depth": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "max_seqlen": 64,
+    }
     if architecture == "encoder_decoder":
         values |= {"positions": "sinusoidal", "encoder_depth": 3}
     return TransformerConfig(architecture, **(values | changes))  # type: ignore[arg-type]
@@ -34,7 +41,9 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session", params=["encoder_decoder", "decoder_only"])
-def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+def model_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> Path:
     """A checkpoint folder of a random model of either kind."""
     folder = tmp_path_factory.mktemp(request.param)
     save(folder, tiny_model(request.param, vocab_size=tokenizer.vocab_size), tokenizer)

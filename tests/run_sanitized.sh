@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The sampler's tests with the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer: run_sanitized.sh [PYTHON]
+# The compiled kernels' tests with the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer: run_sanitized.sh [PYTHON]
 #
-# The core is built into a copy of the two packages the tests import, so the normal build is not touched.
+# The core is built into a copy of the packages the tests import, so the normal build is not touched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
@@ -9,7 +9,7 @@ copy=$PWD/build/sanitize/root
 
 rm -rf "$copy"
 mkdir -p "$copy"
-cp -r kernels tests pyproject.toml "$copy"
+cp -r kernels models tests pyproject.toml "$copy"
 rm -f "$copy"/kernels/_C.*.so
 TANDEM_SANITIZE=1 "$python" setup.py -q build_ext --build-temp build/sanitize/temp --build-lib "$copy"
 
@@ -18,4 +18,4 @@ runtime() { "${CXX:-c++}" -print-file-name="$1"; }
 cd "$copy"
 LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$copy" \
-    "$python" -m pytest -p no:cacheprovider tests/kernels/test_sampling.py
+    "$python" -m pytest -p no:cacheprovider tests/kernels

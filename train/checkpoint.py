@@ -1,7 +1,7 @@
 """A run's checkpoints: written whole or not at all, and enough to continue bit for bit.
 
-``checkpoints/step-N`` is a checkpoint folder as ``models.load`` reads it plus ``trainer/``; ``last`` and ``best`` link to
-such folders. A folder is written under another name, synced and renamed, and only then linked.
+``checkpoints/step-N`` is a checkpoint folder as ``models.load`` reads it plus ``trainer/``; ``last`` and ``best`` link
+to such folders. A folder is written under another name, synced and renamed, and only then linked.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ class Checkpoints:
         self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler, state: TrainState, is_best: bool,
     ) -> None:  # fmt: skip
-        """Writes ``step-N`` and moves ``last`` (and ``best``) to it; every rank takes part with its generator's state."""
+        """Writes ``step-N`` and moves ``last`` (and ``best``) to it; every rank adds its random state."""
         target, draft = self.folder / f"step-{state.step}", self.folder / f".step-{state.step}"
         if self.distributed.is_main:
             shutil.rmtree(draft, ignore_errors=True)
             (draft / "trainer").mkdir(parents=True)
         self.distributed.barrier()
-        save_file(_random_state(self.distributed.device), draft / "trainer" / f"rank-{self.distributed.rank}.safetensors")
+        save_file(
+            _random_state(self.distributed.device),
+            draft / "trainer" / f"rank-{self.distributed.rank}.safetensors",
+        )
         if self.distributed.is_main:
             checkpoint.save(draft, model, tokenizer)
             save_file(_optimizer_tensors(optimizer), draft / "trainer" / "optimizer.safetensors")

@@ -1,4 +1,4 @@
-"""A training run's options: three sections, from defaults, a YAML file and ``section.key=value`` arguments, in that order."""
+"""A training run's options: defaults, then a YAML file, then ``section.key=value`` arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHOSEN_BY_TASK = ("architecture", "positions")
 ModelSection = dataclasses.make_dataclass(
     "ModelSection",
     [
-        (name, hint | None, None) if name in _CHOSEN_BY_TASK else (name, hint, TransformerConfig.__dataclass_fields__[name].default)
+        (name, hint | None, None) if name in _CHOSEN_BY_TASK else (name, hint, getattr(TransformerConfig, name))
         for name, hint in get_type_hints(TransformerConfig).items()
         if name not in ("vocab_size", "target_vocab_size")
     ],

@@ -44,7 +44,7 @@ class Reporter:
         self.enabled = enabled
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
+        from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
         keep_until(self.path, first_step)

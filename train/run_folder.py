@@ -16,8 +16,8 @@ from train.distributed import Distributed
 CONFIG_FILE = "config.yaml"
 # What may change between the parts of one run; anything else would make it another run.
 FREE_TRAINING_KEYS = {
-    "num_epochs", "max_steps", "resume", "device", "eval_interval", "eval_samples", "log_interval", "output_dir", "name",
-    "activation_checkpointing", "compile", "best_metric",
+    "num_epochs", "max_steps", "resume", "device", "eval_interval", "eval_samples", "log_interval", "output_dir",
+    "name", "activation_checkpointing", "compile", "best_metric",
 }  # fmt: skip
 FREE_DATA_KEYS = {"num_workers"}
 

@@ -44,7 +44,10 @@ class Trainer:
         self.model.set_activation_checkpointing(self.options.activation_checkpointing)
         torch.manual_seed(self.options.seed + distributed.rank)  # same weights everywhere, dropout of one's own
         self.optimizer = build_optimizer(
-            self.model, self.options.learning_rate, self.options.weight_decay, (self.options.beta1, self.options.beta2)
+            self.model,
+            self.options.learning_rate,
+            self.options.weight_decay,
+            (self.options.beta1, self.options.beta2),
         )
         self.precision = _precision(self.options.precision, distributed.device)
         self.scaler = torch.amp.GradScaler(distributed.device.type, enabled=self.precision == torch.float16)
@@ -141,10 +144,13 @@ class Trainer:
             self.state.epoch, self.state.update = self.state.epoch + 1, 0
 
     def _updates(self) -> Iterator[tuple[list[Batch], int, bool]]:
-        """The rest of the current epoch: an update's batches, its target tokens over all ranks, whether it is the last."""
+        """The rest of the epoch: an update's batches, its target tokens over all ranks, whether it is the last."""
         world_size, accumulation = self.distributed.world_size, self.options.accumulation
         examples, plan = self._plan(self.state.epoch)
-        count = min(updates_in(plan, world_size * accumulation), self.state.update + self.total_steps - self.state.step)
+        count = min(
+            updates_in(plan, world_size * accumulation),
+            self.state.update + self.total_steps - self.state.step,
+        )
         indices = share_of(plan, self.distributed.rank, world_size, accumulation, self.state.update)
         indices = indices[: (count - self.state.update) * accumulation]
         compiled = self.options.compile != "none"
@@ -244,7 +250,11 @@ class Meter:
         seconds = time.monotonic() - self.since
         norm = float(self.norm)
         self.restart()
-        return {"loss": loss / max(target_tokens, 1), "grad_norm": norm, "tokens_per_second": tokens / seconds}
+        return {
+            "loss": loss / max(target_tokens, 1),
+            "grad_norm": norm,
+            "tokens_per_second": tokens / seconds,
+        }
 
 
 def _precision(name: str, device: torch.device) -> torch.dtype:

@@ -125,7 +125,9 @@ def test_korean_and_emoji_stream_whole(kind: str) -> None:
 
 
 def test_the_end_token_is_counted_but_not_shown() -> None:
-    completion = scripted("abc").generate("a", SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)[0].outputs[0]
+    completion = (
+        scripted("abc").generate("a", SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)[0].outputs[0]
+    )
     assert completion.text == "abc"
     assert completion.token_ids[-1] == 2
     assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
@@ -180,7 +182,10 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
 
 def test_a_decoder_prompt_starts_the_target() -> None:
     llm = LLM.from_model(tiny_model("encoder_decoder"), None, device="cpu")
-    prompt = {"encoder_prompt": {"prompt_token_ids": [5, 6, 7]}, "decoder_prompt": {"prompt_token_ids": [9, 10]}}
+    prompt = {
+        "encoder_prompt": {"prompt_token_ids": [5, 6, 7]},
+        "decoder_prompt": {"prompt_token_ids": [9, 10]},
+    }
     output = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
     assert output.prompt_token_ids == [1, 9, 10]
     assert output.encoder_prompt_token_ids == [5, 6, 7]

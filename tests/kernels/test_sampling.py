@@ -23,9 +23,7 @@ INF = float("inf")
 
 FILTERS = [
     {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    for temperature, top_k, top_p, min_p in itertools.product(
-        (0.7, 1.5), (0, 1, 5, 17), (1.0, 0.8, 0.3), (0.0, 0.2)
-    )
+    for temperature, top_k, top_p, min_p in itertools.product((0.7, 1.5), (0, 1, 5, 17), (1.0, 0.8, 0.3), (0.0, 0.2))
 ]
 PENALTIES = [
     {"repetition_penalty": 1.5},
@@ -129,8 +127,7 @@ def mixed_batch(rows: int, vocab: int = 777) -> tuple[Tensor, dict[str, list]]:
     names = {name for kind in kinds for name in kind}
     defaults = {"temperature": 0.9, "top_p": 1.0, "repetition_penalty": 1.0, "num_logprobs": -1}
     columns = {
-        name: [kinds[row % len(kinds)].get(name, defaults.get(name, 0)) for row in range(rows)]
-        for name in names
+        name: [kinds[row % len(kinds)].get(name, defaults.get(name, 0)) for row in range(rows)] for name in names
     }
     columns["seed"] = [row * 17 for row in range(rows)]
     columns["prompt_ids"] = [[row % 7, 3, 3] for row in range(rows)]
@@ -142,14 +139,10 @@ def test_a_row_does_not_depend_on_its_batch_or_its_place_in_it():
     logits, columns = mixed_batch(23)
     whole = sample(logits, SamplingBatch.build(23, **columns))
     order = torch.randperm(23, generator=torch.Generator().manual_seed(1)).tolist()
-    shuffled = sample(
-        logits[order], SamplingBatch.build(23, **{k: [v[i] for i in order] for k, v in columns.items()})
-    )
+    shuffled = sample(logits[order], SamplingBatch.build(23, **{k: [v[i] for i in order] for k, v in columns.items()}))
     assert torch.equal(whole.token_ids[order], shuffled.token_ids)
     for row in range(23):
-        alone = sample(
-            logits[row : row + 1], SamplingBatch.build(1, **{k: [v[row]] for k, v in columns.items()})
-        )
+        alone = sample(logits[row : row + 1], SamplingBatch.build(1, **{k: [v[row]] for k, v in columns.items()}))
         n = alone.top_ids.shape[1]
         assert alone.token_ids[0] == whole.token_ids[row]
         assert alone.ranks[0] == whole.ranks[row]
@@ -295,9 +288,7 @@ def test_logprobs_not_asked_for_are_nan():
     assert result.top_ids.shape == (2, 0)
 
 
-@pytest.mark.parametrize(
-    "params", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.1}], ids=str
-)
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("place", [0, 64, 299])
 def test_a_row_that_cannot_be_sampled_is_an_error_of_its_own(params, place):
     logits = make_logits(5, 300)
@@ -441,9 +432,7 @@ print(_C.cpu_path, file=sys.stderr)
 def start_on(path: str) -> subprocess.Popen[str]:
     env = {**os.environ, "TANDEM_CPU": path}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", PATH_SCRIPT], env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", PATH_SCRIPT], env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_every_cpu_path_gives_the_same_bits():

@@ -109,7 +109,8 @@ BAD_DATA: list[tuple[dict[str, object], str]] = [
 def test_bad_data_is_one_sentence(section: dict[str, object], message: str, tmp_path: Path) -> None:
     for name, content in {
         "empty.tsv": b"", "columns.tsv": b"a\tb\na\tb\tc\n", "broken.jsonl": b"{\n", "numbers.jsonl":
-        b'{"source": 1, "target": 2}\n', "short.txt": b"abc", "latin.txt": b"caf\xe9" * 100, "good.tsv": b"a\tb\nc\td\n",
+        b'{"source": 1, "target": 2}\n', "short.txt": b"abc", "latin.txt": b"caf\xe9" * 100,
+        "good.tsv": b"a\tb\nc\td\n",
         "long.tsv": b"a" * 99 + b"\tb\n" + b"c" * 99 + b"\td\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)

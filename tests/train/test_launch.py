@@ -61,12 +61,24 @@ def test_a_run_leaves_what_the_contract_says(tmp_path: Path) -> None:
         ["training.accumulation=3", "training.label_smoothing=0.1", "training.activation_checkpointing=true"],
         ["data.max_tokens=200", "training.schedule=inverse_sqrt", "model.dropout=0.1", "data.num_workers=2"],
         ["data.task=addition", "data.tokenizer=bpe", "data.vocab_size=270", "model.norm=rmsnorm"],
-        ["data.task=copy", "data.target_tokenizer=char", "training.max_steps=3", "training.best_metric=exact_match"],
+        [
+            "data.task=copy",
+            "data.target_tokenizer=char",
+            "training.max_steps=3",
+            "training.best_metric=exact_match",
+        ],
     ],
     ids=" ".join,
 )
 def test_every_way_to_train_learns_something(options: list[str], tmp_path: Path) -> None:
-    run = launch(tmp_path, *TOY, "training.num_epochs=6", "training.learning_rate=3e-3", "training.warmup_steps=2", *options)
+    run = launch(
+        tmp_path,
+        *TOY,
+        "training.num_epochs=6",
+        "training.learning_rate=3e-3",
+        "training.warmup_steps=2",
+        *options,
+    )
     losses = [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]
     assert all(loss == loss for loss in losses)

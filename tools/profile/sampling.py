@@ -53,9 +53,7 @@ def run(options: Options) -> Report:
         for batch in options.batches or BATCHES:
             report.rows.append(measure_filters(SHAPES[shape], batch, peers, options.seconds, report.failures))
     for shape in options.shapes or SHAPES:
-        report.rows.append(
-            measure_greedy(SHAPES[shape], max(options.batches or BATCHES), options.seconds, report)
-        )
+        report.rows.append(measure_greedy(SHAPES[shape], max(options.batches or BATCHES), options.seconds, report))
     return report
 
 

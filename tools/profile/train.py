@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -103,23 +103,29 @@ def theirs(shape: Shape, device: torch.device) -> tuple[nn.Module, Loss]:
 
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    if not shape.encoder_depth:
-        config = transformers.GPT2Config(
-            vocab_size=VOCAB, n_embd=DIM, n_layer=shape.depth, n_head=HEADS, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, n_positions=512, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        model = transformers.GPT2LMHeadModel(config).to(device).train()
-        return model, lambda batch: _cross_entropy(model(input_ids=batch.input_ids).logits, batch)
+    model: nn.Module = _marian(transformers, shape) if shape.encoder_depth else _gpt2(transformers, shape)
+    model.to(device).train()
+    if shape.encoder_depth:
+        return model, lambda b: _cross_entropy(model(input_ids=b.source_ids, decoder_input_ids=b.input_ids).logits, b)
+    return model, lambda b: _cross_entropy(model(input_ids=b.input_ids).logits, b)
+
+
+def _gpt2(transformers: Any, shape: Shape) -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=DIM, n_layer=shape.depth, n_head=HEADS, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, n_positions=512, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _marian(transformers: Any, shape: Shape) -> Any:
     config = transformers.MarianConfig(
         vocab_size=VOCAB, d_model=DIM, encoder_layers=shape.encoder_depth, decoder_layers=shape.depth,
         encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=4 * DIM, decoder_ffn_dim=4 * DIM,
         dropout=0.0, activation_function="gelu", pad_token_id=0, eos_token_id=2, decoder_start_token_id=1,
         max_position_embeddings=512,
     )  # fmt: skip
-    model = transformers.MarianMTModel(config).to(device).train()
-    return model, lambda batch: _cross_entropy(
-        model(input_ids=batch.source_ids, decoder_input_ids=batch.input_ids).logits, batch
-    )
+    return transformers.MarianMTModel(config)
 
 
 def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -148,7 +154,7 @@ def learns(step: Step) -> bool:
 
 
 def flops(shape: Shape, size: int) -> float:
-    """Floating-point operations of a step: 6 a weight and token in linear layers, 12 a score and channel in attention."""
+    """FLOPs of a step: 6 a weight and token in linear layers, 12 a score and channel in attention."""
     block = 12 * DIM * DIM
     tokens = size * shape.seqlen
     weights = shape.depth * block + VOCAB * DIM

@@ -25,10 +25,10 @@ Plan = list[NDArray[np.int64]]
 
 
 class Example(NamedTuple):
-    """Token ids of one example; ``source`` is None for plain text, whose ``target`` is one window and its next token."""
+    """Token ids of one example; plain text has no ``source``, and its ``target`` is a window and the next token."""
 
     source: Sequence[int] | None
-    target: Sequence[int]
+    target: Sequence[int] | NDArray[np.int64]
 
 
 @dataclass
@@ -146,7 +146,7 @@ def load_batches(
 ) -> Iterator[Batch]:
     """The batches, in order, prepared by worker processes (0: by this one)."""
     # The loader draws a seed from its generator: one of its own leaves the global one, which dropout uses, alone.
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         indices,  # type: ignore[arg-type]
         batch_size=None,
         collate_fn=collate,

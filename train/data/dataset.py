@@ -72,7 +72,8 @@ def load_data(data: DataSection, seed: int, max_seqlen: int, tokenizer: Tokenize
 
 def windows(token_ids: NDArray[np.int64], context: int) -> list[Example]:
     """Consecutive windows of ``context`` tokens and the one that follows."""
-    return [Example(None, token_ids[i : i + context + 1]) for i in range(0, len(token_ids) - context, context)]  # type: ignore[arg-type]
+    starts = range(0, len(token_ids) - context, context)
+    return [Example(None, token_ids[start : start + context + 1]) for start in starts]
 
 
 def _load_text(data: DataSection, tokenizer: Tokenizer | None) -> TextData:

@@ -35,7 +35,11 @@ def addition(rng: random.Random, max_number: int = MAX_NUMBER) -> Example:
     return f"{left}+{right}", str(left + right)
 
 
-TASKS: dict[str, Callable[[random.Random], Example]] = {"reversal": reversal, "copy": copy, "addition": addition}
+TASKS: dict[str, Callable[[random.Random], Example]] = {
+    "reversal": reversal,
+    "copy": copy,
+    "addition": addition,
+}
 
 
 def generate(task: str, num_train: int, num_validation: int, seed: int) -> tuple[list[Example], list[Example]]:
