@@ -1,0 +1,57 @@
+"""What a CUDA device must give: the CPU's tokens, the reference's attention, a training step in bf16."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import LLM, SamplingParams
+from kernels.attention import attention
+from tests.conftest import tiny_model
+from train.launch import main
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_the_device_agrees_with_the_reference(causal: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 111, 4, 64, generator=generator).cuda().to(dtype)
+    k, v = (torch.randn(3, 128, 2, 64, generator=generator).cuda().to(dtype) for _ in range(2))
+    lengths = torch.tensor([0, 63, 128]).cuda()
+    out, expected = (
+        attention(q, k, v, causal=causal, key_lengths=lengths, backend=name) for name in ("torch", "reference")
+    )
+    assert isinstance(out, torch.Tensor)
+    torch.testing.assert_close(out, expected, atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
+def test_the_device_decodes_the_tokens_of_the_cpu(architecture: str) -> None:
+    prompts = [{"prompt_token_ids": list(range(4, 4 + n))} for n in (1, 17, 5, 33)]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    tokens = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(architecture).to(device)
+        outputs = LLM.from_model(model, None, device=device).generate(prompts, params, use_tqdm=False)
+        tokens.append([output.outputs[0].token_ids for output in outputs])
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("options", [["training.precision=bf16"], ["training.precision=fp16"]], ids=str)
+def test_training_on_the_device_learns(options: list[str], tmp_path: Path) -> None:
+    main(
+        ["model.dim=64", "model.depth=2", "model.heads=4", "data.num_train_samples=2000", "data.num_val_samples=100",
+         "data.task=copy", "training.num_epochs=3", "training.learning_rate=2e-3", "training.device=cuda",
+         "data.num_workers=2", f"training.output_dir={tmp_path}", "training.name=run", *options]
+    )  # fmt: skip
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
