@@ -1,0 +1,150 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "attention_kernels.h"
+#include "thread_pool.h"
+
+namespace tandem {
+namespace {
+
+// Where one sequence begins in what is padded or packed, and how long it is.
+struct Span {
+    int64_t batch, token, length;
+};
+
+Span span_of(const int32_t* cu_seqlens, int64_t b, int64_t length) {
+    if (cu_seqlens == nullptr) return {b, 0, length};
+    return {0, cu_seqlens[b], cu_seqlens[b + 1] - cu_seqlens[b]};
+}
+
+template <class T>
+T* at(const TokenRows<T>& rows, const Span& span, int64_t head) {
+    return rows.data + span.batch * rows.batch_stride + span.token * rows.token_stride +
+           head * rows.head_stride;
+}
+
+// One kv head of one sequence, and the queries that read it.
+struct Place {
+    const AttentionBatch& batch;
+    Span queries, keys;
+    int64_t groups, kv_head;
+
+    Place(const AttentionBatch& whole, int64_t b, int64_t head)
+        : batch(whole),
+          queries(span_of(whole.cu_seqlens_q, b, whole.seqlen_q)),
+          keys(span_of(whole.cu_seqlens_k, b, whole.seqlen_k)),
+          groups(whole.heads / whole.kv_heads),
+          kv_head(head) {
+        if (whole.block_table != nullptr) keys.length = whole.key_lengths[b];
+    }
+
+    template <class T>
+    HeadRows<T> rows(const TokenRows<T>& all) const {
+        return {at(all, queries, kv_head * groups), all.token_stride, all.head_stride};
+    }
+
+    template <class T>
+    HeadRows<T> floats(const HeadFloats<T>& all) const {
+        if (all.data == nullptr) return {nullptr, 0, 0};
+        return {
+            all.data + queries.batch * all.batch_stride + queries.token + kv_head * groups * all.head_stride,
+            1, all.head_stride};
+    }
+
+    KeyRows key_rows(const TokenRows<const float>& all) const {
+        if (batch.block_table == nullptr) return {at(all, keys, kv_head), all.token_stride, 0};
+        return {all.data + kv_head * all.head_stride, all.token_stride, all.batch_stride};
+    }
+
+    AttentionHead head(int64_t b) const {
+        AttentionHead head{};
+        head.q = rows(batch.q);
+        head.k = key_rows(batch.k);
+        head.v = key_rows(batch.v);
+        head.blocks = batch.block_table == nullptr ? nullptr : batch.block_table + b * batch.table_stride;
+        head.block_size = batch.block_size;
+        head.groups = groups;
+        head.queries = queries.length;
+        // The diagonal belongs to the padded rectangle, however many of its keys are real.
+        head.diagonal = keys.length - queries.length;
+        head.keys = batch.key_lengths == nullptr ? keys.length : batch.key_lengths[b];
+        head.head_dim = batch.head_dim;
+        head.causal = batch.causal;
+        head.softmax_scale = batch.softmax_scale;
+        return head;
+    }
+};
+
+int64_t longest(const int32_t* cu_seqlens, int64_t batch, int64_t padded_length) {
+    if (cu_seqlens == nullptr) return padded_length;
+    int64_t length = 0;
+    for (int64_t b = 0; b < batch; ++b) length = std::max<int64_t>(length, cu_seqlens[b + 1] - cu_seqlens[b]);
+    return length;
+}
+
+// Each thread's own, kept between calls, on a boundary of 64 bytes.
+float* scratch_of(int64_t floats) {
+    thread_local std::vector<float> memory;
+    if (memory.size() < static_cast<size_t>(floats + 16)) memory.resize(static_cast<size_t>(floats + 16));
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    return memory.data() + (64 - address % 64) % 64 / sizeof(float);
+}
+
+// As parallel_for, but a thread takes several small tasks at a time.
+template <class Body>
+void parallel_in_chunks(int64_t tasks, int num_threads, Body body) {
+    const int64_t size = std::max<int64_t>(1, tasks / (int64_t{num_threads} * 16));
+    parallel_for((tasks + size - 1) / size, num_threads, [&](int64_t chunk) {
+        for (int64_t i = chunk * size; i < std::min(tasks, (chunk + 1) * size); ++i) body(i);
+    });
+}
+
+void zero_keys(float* rows, int64_t stride, int64_t begin, int64_t end, int64_t head_dim) {
+    for (int64_t j = begin; j < end; ++j) std::fill_n(rows + j * stride, head_dim, 0.0f);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out, const HeadFloats<float>& lse,
+                       int num_threads) {
+    const AttentionKernels& kernels = attention_kernels();
+    const int64_t groups = batch.heads / batch.kv_heads;
+    const int64_t rows = longest(batch.cu_seqlens_q, batch.batch, batch.seqlen_q) * groups;
+    const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+    parallel_in_chunks(batch.batch * batch.kv_heads * blocks, num_threads, [&](int64_t task) {
+        const int64_t b = task / blocks / batch.kv_heads, first_row = task % blocks * kRowBlock;
+        const Place place(batch, b, task / blocks % batch.kv_heads);
+        if (first_row >= place.queries.length * groups) return;
+        AttentionHead head = place.head(b);
+        head.out = place.rows(out);
+        head.lse = place.floats(lse);
+        kernels.forward(head, first_row, scratch_of(forward_scratch(batch.head_dim)));
+    });
+}
+
+void attention_backward(const AttentionBatch& batch, const AttentionGradients& g, int num_threads) {
+    const AttentionKernels& kernels = attention_kernels();
+    parallel_in_chunks(batch.batch * batch.kv_heads, num_threads, [&](int64_t task) {
+        const int64_t b = task / batch.kv_heads;
+        const Place place(batch, b, task % batch.kv_heads);
+        const AttentionHead head = place.head(b);
+        HeadGradients gradients{};
+        gradients.out = place.rows(g.out);
+        gradients.grad_out = place.rows(g.grad_out);
+        gradients.lse = place.floats(g.lse);
+        gradients.grad_lse = place.floats(g.grad_lse);
+        gradients.grad_q = place.rows(g.grad_q);
+        gradients.grad_k = at(g.grad_k, place.keys, place.kv_head);
+        gradients.grad_v = at(g.grad_v, place.keys, place.kv_head);
+        gradients.grad_k_stride = g.grad_k.token_stride;
+        gradients.grad_v_stride = g.grad_v.token_stride;
+        kernels.backward(head, gradients, scratch_of(backward_scratch(batch.head_dim, head.keys)));
+        zero_keys(gradients.grad_k, g.grad_k.token_stride, head.keys, place.keys.length, batch.head_dim);
+        zero_keys(gradients.grad_v, g.grad_v.token_stride, head.keys, place.keys.length, batch.head_dim);
+    });
+}
+
+}  // namespace tandem
