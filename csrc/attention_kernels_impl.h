@@ -17,9 +17,17 @@ inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t whole_vectors(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-template <class T>
-inline T* row_of(const HeadRows<T>& rows, int64_t r, int64_t groups) {
-    return rows.data + r / groups * rows.token_stride + r % groups * rows.head_stride;
+// Calls body(i, pointer to row first + i) for `count` rows, with one division for all of them.
+template <class T, class Body>
+inline void for_each_row(const HeadRows<T>& rows, int64_t groups, int64_t first, int64_t count, Body body) {
+    T* token = rows.data + first / groups * rows.token_stride;
+    int64_t head = first % groups;
+    for (int64_t i = 0; i < count; ++i) {
+        body(i, token + head * rows.head_stride);
+        if (++head < groups) continue;
+        head = 0;
+        token += rows.token_stride;
+    }
 }
 
 inline void copy_row(const float* from, float* to, int64_t n, int64_t padded_n) {
@@ -57,10 +65,15 @@ struct RowBlock {
         visible_to_all = at_most(visible, first / h.groups + h.diagonal + 1);
     }
 
+    template <class T, class Body>
+    void for_each(const HeadRows<T>& rows, Body body) const {
+        for_each_row(rows, head.groups, first, count, body);
+    }
+
     // Copies the rows side by side, zeros behind each and behind the last.
     void gather(const HeadRows<const float>& rows, float* to) const {
-        for (int64_t i = 0; i < count; ++i)
-            copy_row(row_of(rows, first + i, head.groups), to + i * width, head.head_dim, width);
+        for_each(rows,
+                 [&](int64_t i, const float* row) { copy_row(row, to + i * width, head.head_dim, width); });
         fill_zero(to + count * width, (lanes - count) * width);
     }
 
@@ -69,11 +82,6 @@ struct RowBlock {
         for (int64_t i = 0; i < lanes; i += 4)
             for (int64_t d = 0; d < width; d += 4)
                 transpose_4x4(from + i * width + d, width, factor, to + d * kRowBlock + i, kRowBlock);
-    }
-
-    void read_floats(const HeadRows<const float>& rows, float filler, float* to) const {
-        for (int64_t i = 0; i < kRowBlock; ++i)
-            to[i] = i < count ? *row_of(rows, first + i, head.groups) : filler;
     }
 };
 
@@ -169,15 +177,16 @@ inline void add_values(const RowBlock& rows, const float* weights, int64_t begin
 
 inline void write_rows(const RowBlock& rows, const OnlineSoftmax& softmax, const float* sums) {
     const AttentionHead& head = rows.head;
-    float lse[kRowBlock];
-    for (int64_t i = 0; i < rows.lanes; i += kWidth)
-        store(lse + i, log_sum_exp(load(softmax.max + i), load(softmax.sum + i)));
-    for (int64_t i = 0; i < rows.count; ++i) {
-        const float factor = softmax.sum[i] == 0.0f ? 0.0f : 1.0f / softmax.sum[i];
-        scale_row(sums + i * rows.width, factor, row_of(head.out, rows.first + i, head.groups),
-                  head.head_dim);
-        if (head.lse.data != nullptr) *row_of(head.lse, rows.first + i, head.groups) = lse[i];
+    float lse[kRowBlock], factor[kRowBlock];
+    for (int64_t i = 0; i < rows.lanes; i += kWidth) {
+        const Vec sum = load(softmax.sum + i);
+        store(lse + i, log_sum_exp(load(softmax.max + i), sum));
+        store(factor + i, select(at_least(splat(0.0f), sum), splat(0.0f), 1.0f / sum));
     }
+    rows.for_each(head.out, [&](int64_t i, float* row) {
+        scale_row(sums + i * rows.width, factor[i], row, head.head_dim);
+    });
+    if (head.lse.data != nullptr) rows.for_each(head.lse, [&](int64_t i, float* to) { *to = lse[i]; });
 }
 
 void forward(const AttentionHead& head, int64_t first_row, float* scratch) {
@@ -215,16 +224,14 @@ struct BackwardRows {
         rows.gather(gradients.grad_out, grad_out);
         rows.transpose(grad_out, 1.0f, grad_out_transposed);
         rows.gather(gradients.out, spare);
-        rows.read_floats(gradients.lse, 0.0f, lse);
-        for (int64_t i = 0; i < kRowBlock; ++i) {
+        for (int64_t i = 0; i < kRowBlock; ++i) lse[i] = delta[i] = 0;
+        rows.for_each(gradients.lse, [&](int64_t i, const float* from) {
             // exp(score - inf) is the 0 that a row without keys wants.
-            if (lse[i] == -kInfinity) lse[i] = kInfinity;
-            delta[i] =
-                i < rows.count ? dot(grad_out + i * rows.width, spare + i * rows.width, rows.width) : 0;
-        }
-        if (gradients.grad_lse.data == nullptr) return;
-        for (int64_t i = 0; i < rows.count; ++i)
-            delta[i] -= *row_of(gradients.grad_lse, rows.first + i, rows.head.groups);
+            lse[i] = *from == -kInfinity ? kInfinity : *from;
+            delta[i] = dot(grad_out + i * rows.width, spare + i * rows.width, rows.width);
+        });
+        if (gradients.grad_lse.data != nullptr)
+            rows.for_each(gradients.grad_lse, [&](int64_t i, const float* from) { delta[i] -= *from; });
     }
 
     // Scores to probabilities, and the gradients of probabilities to those of unscaled scores.
@@ -273,9 +280,9 @@ void backward(const AttentionHead& head, const HeadGradients& gradients, float* 
             product<true>({grad_scores, kRowBlock}, {keys + begin * width, width}, {grad_q, width, true},
                           rows.count, width, count);
         }
-        for (int64_t i = 0; i < rows.count; ++i)
-            copy_row(grad_q + i * width, row_of(gradients.grad_q, first + i, head.groups), head.head_dim,
-                     head.head_dim);
+        rows.for_each(gradients.grad_q, [&](int64_t i, float* row) {
+            copy_row(grad_q + i * width, row, head.head_dim, head.head_dim);
+        });
     }
     for (int64_t j = 0; j < head.keys; ++j) {
         copy_row(grad_k + j * width, gradients.grad_k + j * gradients.grad_k_stride, head.head_dim,

@@ -40,13 +40,14 @@ struct Result {
     bool add;  // to what is there
 };
 
-// C (rows, vecs * kWidth) = A B; A is read transposed, (depth, rows), where kTransposed.
-template <int kRows, int kVecs, bool kTransposed>
+// C (rows, vecs * kWidth) = A B, or C += A B where kAdd; A is read transposed, (depth, rows), where
+// kTransposed. All are template parameters, for a choice at run time would send the sums through memory.
+template <int kRows, int kVecs, bool kTransposed, bool kAdd>
 void tile(Matrix a, Matrix b, Result c, int64_t depth) {
     Vec sums[kRows][kVecs];
     for (int i = 0; i < kRows; ++i)
         for (int n = 0; n < kVecs; ++n)
-            sums[i][n] = c.add ? load(c.data + i * c.stride + n * kWidth) : splat(0.0f);
+            sums[i][n] = kAdd ? load(c.data + i * c.stride + n * kWidth) : splat(0.0f);
     for (int64_t k = 0; k < depth; ++k) {
         Vec row[kVecs];
         for (int n = 0; n < kVecs; ++n) row[n] = load(b.data + k * b.stride + n * kWidth);
@@ -61,22 +62,22 @@ void tile(Matrix a, Matrix b, Result c, int64_t depth) {
 
 using Tile = void (*)(Matrix, Matrix, Result, int64_t);
 
-template <int kVecs, bool kTransposed>
+template <int kVecs, bool kTransposed, bool kAdd>
 constexpr Tile kTiles[] = {
     nullptr,
-    tile<1, kVecs, kTransposed>,
-    tile<2, kVecs, kTransposed>,
-    tile<3, kVecs, kTransposed>,
-    tile<4, kVecs, kTransposed>,
-    tile<5, kVecs, kTransposed>,
-    tile<6, kVecs, kTransposed>,
+    tile<1, kVecs, kTransposed, kAdd>,
+    tile<2, kVecs, kTransposed, kAdd>,
+    tile<3, kVecs, kTransposed, kAdd>,
+    tile<4, kVecs, kTransposed, kAdd>,
+    tile<5, kVecs, kTransposed, kAdd>,
+    tile<6, kVecs, kTransposed, kAdd>,
 #if defined(__AVX512F__)
-    tile<7, kVecs, kTransposed>,
-    tile<8, kVecs, kTransposed>,
-    tile<9, kVecs, kTransposed>,
-    tile<10, kVecs, kTransposed>,
-    tile<11, kVecs, kTransposed>,
-    tile<12, kVecs, kTransposed>,
+    tile<7, kVecs, kTransposed, kAdd>,
+    tile<8, kVecs, kTransposed, kAdd>,
+    tile<9, kVecs, kTransposed, kAdd>,
+    tile<10, kVecs, kTransposed, kAdd>,
+    tile<11, kVecs, kTransposed, kAdd>,
+    tile<12, kVecs, kTransposed, kAdd>,
 #endif
 };
 
@@ -87,7 +88,9 @@ inline void column_of_tiles(Matrix a, Matrix b, Result c, int64_t rows, int64_t 
     for (int64_t done = 0; tiles > 0; --tiles) {
         const int64_t size = (rows - done + tiles - 1) / tiles;
         const Matrix part = {a.data + done * (kTransposed ? 1 : a.stride), a.stride};
-        kTiles<kVecs, kTransposed>[size](part, b, {c.data + done * c.stride, c.stride, c.add}, depth);
+        const Tile run =
+            c.add ? kTiles<kVecs, kTransposed, true>[size] : kTiles<kVecs, kTransposed, false>[size];
+        run(part, b, {c.data + done * c.stride, c.stride, c.add}, depth);
         done += size;
     }
 }
