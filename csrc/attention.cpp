@@ -10,7 +10,7 @@
 namespace tandem {
 namespace {
 
-constexpr int64_t kMostStreamed = 64;  // tokens
+constexpr int64_t kMostStreamed = 65536;  // floats of one tensor: a few of them fit the second-level cache
 
 // Where one sequence begins in what is padded or packed, and how long it is.
 struct Span {
@@ -95,39 +95,56 @@ float* scratch_of(int64_t floats) {
     return memory.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-// As parallel_for, but a thread takes several small tasks at a time.
+// As parallel_for, but a thread takes several tasks at a time, a multiple of `unit`.
 template <class Body>
-void parallel_in_chunks(int64_t tasks, int num_threads, Body body) {
-    const int64_t size = std::max<int64_t>(1, tasks / (int64_t{num_threads} * 16));
-    parallel_for((tasks + size - 1) / size, num_threads, [&](int64_t chunk) {
-        for (int64_t i = chunk * size; i < std::min(tasks, (chunk + 1) * size); ++i) body(i);
+void parallel_in_chunks(int64_t tasks, int64_t unit, int num_threads, Body body) {
+    const int64_t units = std::max<int64_t>(1, tasks / unit / (int64_t{num_threads} * 8));
+    parallel_for((tasks + units * unit - 1) / (units * unit), num_threads, [&](int64_t chunk) {
+        const int64_t end = std::min(tasks, (chunk + 1) * units * unit);
+        for (int64_t i = chunk * units * unit; i < end; ++i) body(i);
     });
 }
 
-// Short sequences spend as long waiting for memory as computing, since a head's rows lie far apart and no
-// hardware prefetcher follows them: the next head's are fetched while this one is computed. Long ones have
-// enough to do with each row to hide the wait.
+// With enough sequences for every thread, each is handled by one of them.
+bool keeps_sequences_whole(const AttentionBatch& batch, int num_threads) {
+    return batch.batch >= 4 * int64_t{num_threads};
+}
+
 void zero_keys(float* rows, int64_t stride, int64_t begin, int64_t end, int64_t head_dim) {
     for (int64_t j = begin; j < end; ++j) std::fill_n(rows + j * stride, head_dim, 0.0f);
 }
 
-// Reads a number of every line of a short sequence, all heads of a token in turn. A head's own rows lie too
-// far apart for the hardware to prefetch, and a short sequence has too little to compute to hide the wait:
+// Reads a number of every line of a sequence that is not long, all heads of a token in turn. A head's own
+// rows lie too far apart for the hardware to prefetch, and there is too little to compute to hide the wait:
 // this makes one stream of them, and the backward pass a quarter faster. (Prefetch instructions do not.)
 void stream_in(const TokenRows<const float>& rows, const Span& span, int64_t heads, int64_t head_dim) {
-    if (span.length > kMostStreamed) return;
     const float* row = at(rows, span, 0);
     for (int64_t t = 0; t < span.length; ++t, row += rows.token_stride)
         for (int64_t i = 0; i < heads * head_dim; i += 16)
             static_cast<void>(*static_cast<const volatile float*>(row + i));
 }
 
-void stream_in_inputs(const Place& place) {
+void stream_in_queries(const Place& place, const TokenRows<const float>& rows) {
     const AttentionBatch& batch = place.batch;
-    if (batch.block_table != nullptr) return;
-    stream_in(batch.q, place.queries, batch.heads, batch.head_dim);
-    stream_in(batch.k, place.keys, batch.kv_heads, batch.head_dim);
-    stream_in(batch.v, place.keys, batch.kv_heads, batch.head_dim);
+    if (place.queries.length * batch.heads * batch.head_dim > kMostStreamed) return;
+    stream_in(rows, place.queries, batch.heads, batch.head_dim);
+}
+
+void stream_in_keys(const Place& place, int64_t b, const TokenRows<const float>& rows) {
+    const AttentionBatch& batch = place.batch;
+    if (place.keys.length * batch.kv_heads * batch.head_dim > kMostStreamed) return;
+    if (batch.block_table == nullptr) return stream_in(rows, place.keys, batch.kv_heads, batch.head_dim);
+    for (int64_t begin = 0; begin < place.keys.length; begin += batch.block_size) {
+        const int32_t block = batch.block_table[b * batch.table_stride + begin / batch.block_size];
+        const int64_t count = std::min(batch.block_size, place.keys.length - begin);
+        stream_in(rows, {block, 0, count}, batch.kv_heads, batch.head_dim);
+    }
+}
+
+void stream_in_inputs(const Place& place, int64_t b) {
+    stream_in_queries(place, place.batch.q);
+    stream_in_keys(place, b, place.batch.k);
+    stream_in_keys(place, b, place.batch.v);
 }
 
 }  // namespace
@@ -138,11 +155,13 @@ void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out,
     const int64_t groups = batch.heads / batch.kv_heads;
     const int64_t rows = longest(batch.cu_seqlens_q, batch.batch, batch.seqlen_q) * groups;
     const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-    parallel_in_chunks(batch.batch * batch.kv_heads * blocks, num_threads, [&](int64_t task) {
+    const bool whole = keeps_sequences_whole(batch, num_threads);
+    const int64_t tasks = batch.kv_heads * blocks;
+    parallel_in_chunks(batch.batch * tasks, whole ? tasks : 1, num_threads, [&](int64_t task) {
         const int64_t b = task / blocks / batch.kv_heads, first_row = task % blocks * kRowBlock;
         const Place place(batch, b, task / blocks % batch.kv_heads);
         if (first_row >= place.queries.length * groups) return;
-        if (place.kv_head == 0 && first_row == 0) stream_in_inputs(place);
+        if (whole && place.kv_head == 0 && first_row == 0) stream_in_inputs(place, b);
         AttentionHead head = place.head(b);
         head.out = place.rows(out);
         head.lse = place.floats(lse);
@@ -152,29 +171,31 @@ void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out,
 
 void attention_backward(const AttentionBatch& batch, const AttentionGradients& g, int num_threads) {
     const AttentionKernels& kernels = attention_kernels();
-    parallel_in_chunks(batch.batch * batch.kv_heads, num_threads, [&](int64_t task) {
-        const int64_t b = task / batch.kv_heads;
-        const Place place(batch, b, task % batch.kv_heads);
-        const AttentionHead head = place.head(b);
-        if (place.kv_head == 0) {
-            stream_in_inputs(place);
-            stream_in(g.out, place.queries, batch.heads, batch.head_dim);
-            stream_in(g.grad_out, place.queries, batch.heads, batch.head_dim);
-        }
-        HeadGradients gradients{};
-        gradients.out = place.rows(g.out);
-        gradients.grad_out = place.rows(g.grad_out);
-        gradients.lse = place.floats(g.lse);
-        gradients.grad_lse = place.floats(g.grad_lse);
-        gradients.grad_q = place.rows(g.grad_q);
-        gradients.grad_k = at(g.grad_k, place.keys, place.kv_head);
-        gradients.grad_v = at(g.grad_v, place.keys, place.kv_head);
-        gradients.grad_k_stride = g.grad_k.token_stride;
-        gradients.grad_v_stride = g.grad_v.token_stride;
-        kernels.backward(head, gradients, scratch_of(backward_scratch(batch.head_dim, head.keys)));
-        zero_keys(gradients.grad_k, g.grad_k.token_stride, head.keys, place.keys.length, batch.head_dim);
-        zero_keys(gradients.grad_v, g.grad_v.token_stride, head.keys, place.keys.length, batch.head_dim);
-    });
+    const bool whole = keeps_sequences_whole(batch, num_threads);
+    parallel_in_chunks(
+        batch.batch * batch.kv_heads, whole ? batch.kv_heads : 1, num_threads, [&](int64_t task) {
+            const int64_t b = task / batch.kv_heads;
+            const Place place(batch, b, task % batch.kv_heads);
+            const AttentionHead head = place.head(b);
+            if (whole && place.kv_head == 0) {
+                stream_in_inputs(place, b);
+                stream_in_queries(place, g.out);
+                stream_in_queries(place, g.grad_out);
+            }
+            HeadGradients gradients{};
+            gradients.out = place.rows(g.out);
+            gradients.grad_out = place.rows(g.grad_out);
+            gradients.lse = place.floats(g.lse);
+            gradients.grad_lse = place.floats(g.grad_lse);
+            gradients.grad_q = place.rows(g.grad_q);
+            gradients.grad_k = at(g.grad_k, place.keys, place.kv_head);
+            gradients.grad_v = at(g.grad_v, place.keys, place.kv_head);
+            gradients.grad_k_stride = g.grad_k.token_stride;
+            gradients.grad_v_stride = g.grad_v.token_stride;
+            kernels.backward(head, gradients, scratch_of(backward_scratch(batch.head_dim, head.keys)));
+            zero_keys(gradients.grad_k, g.grad_k.token_stride, head.keys, place.keys.length, batch.head_dim);
+            zero_keys(gradients.grad_v, g.grad_v.token_stride, head.keys, place.keys.length, batch.head_dim);
+        });
 }
 
 }  // namespace tandem

@@ -99,13 +99,19 @@ inline void for_each_run(const AttentionHead& head, const KeyRows& keys, int64_t
     }
 }
 
+// Long dot products are summed in pieces, which rounds less.
+constexpr int64_t kDepth = 64;
+
 // (keys in [begin, end), rows) products of keys or values with transposed rows.
 inline void multiply_keys(const RowBlock& rows, const KeyRows& keys, int64_t begin, int64_t end,
                           const float* transposed, float* out) {
+    const int64_t head_dim = rows.head.head_dim;
     for_each_run(rows.head, keys, begin, end, [&](int64_t j, const float* data, int64_t count) {
-        product<false>({data, keys.stride}, {transposed, kRowBlock},
-                       {out + (j - begin) * kRowBlock, kRowBlock, false}, count, rows.lanes,
-                       rows.head.head_dim);
+        float* place = out + (j - begin) * kRowBlock;
+        for (int64_t d = 0; d < head_dim; d += kDepth)
+            product<false>({data + d, keys.stride}, {transposed + d * kRowBlock, kRowBlock},
+                           {place, kRowBlock, d == 0 ? Into::replace : Into::add}, count, rows.lanes,
+                           at_most(kDepth, head_dim - d));
     });
 }
 
@@ -171,7 +177,8 @@ inline void add_values(const RowBlock& rows, const float* weights, int64_t begin
             values = {packed, rows.width};
         }
         product<true>({weights + (j - begin) * kRowBlock, kRowBlock}, values,
-                      {out, rows.width, add || j > begin}, rows.count, rows.width, count);
+                      {out, rows.width, add || j > begin ? Into::extend : Into::replace}, rows.count,
+                      rows.width, count);
     });
 }
 
@@ -274,10 +281,10 @@ void backward(const AttentionHead& head, const HeadGradients& gradients, float* 
             if (end > rows.visible_to_all) mask_block(rows, begin, end, scores);
             loaded.differentiate(scores, grad_scores, count, rows.lanes, head.softmax_scale);
             product<false>({scores, kRowBlock}, {loaded.grad_out, width},
-                           {grad_v + begin * width, width, true}, count, width, rows.count);
-            product<false>({grad_scores, kRowBlock}, {loaded.q, width}, {grad_k + begin * width, width, true},
-                           count, width, rows.count);
-            product<true>({grad_scores, kRowBlock}, {keys + begin * width, width}, {grad_q, width, true},
+                           {grad_v + begin * width, width, Into::add}, count, width, rows.count);
+            product<false>({grad_scores, kRowBlock}, {loaded.q, width},
+                           {grad_k + begin * width, width, Into::add}, count, width, rows.count);
+            product<true>({grad_scores, kRowBlock}, {keys + begin * width, width}, {grad_q, width, Into::add},
                           rows.count, width, count);
         }
         rows.for_each(gradients.grad_q, [&](int64_t i, float* row) {

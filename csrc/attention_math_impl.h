@@ -22,8 +22,9 @@ inline Vec select(Mask mask, Vec chosen, Vec otherwise) {
 // query must reach its output. As exp_nonpositive in simd.h, but fused and with no promise of equal bits.
 inline Vec exp_or_nan(Vec x) {
     const Vec lowest = splat(-87.0f);
-    const Vec shifted = multiply_add(larger(x, lowest), splat(1.44269504088896341f), splat(12582912.0f));
-    const Vec n = shifted - 12582912.0f;
+    // Rounds to n, and leaves n + 127, the exponent of 2^n, in the low bits.
+    const Vec shifted = multiply_add(larger(x, lowest), splat(1.44269504088896341f), splat(12583039.0f));
+    const Vec n = shifted - 12583039.0f;
     const Vec y = larger(lowest, x);  // NaN stays NaN: the second operand wins
     const Vec r = multiply_add(n, splat(2.12194440054690583e-4f), multiply_add(n, splat(-0.693359375f), y));
     Vec p = multiply_add(r, splat(1.0f / 5040), splat(1.0f / 720));
@@ -32,8 +33,7 @@ inline Vec exp_or_nan(Vec x) {
     p = multiply_add(p, r, splat(1.0f / 6));
     p = multiply_add(p, r, splat(0.5f));
     p = multiply_add(p * r, r, r) + 1.0f;
-    const Bits power = reinterpret_cast<Bits>(shifted) << 23;
-    const Vec result = reinterpret_cast<Vec>(reinterpret_cast<Bits>(p) + power);
+    const Vec result = p * reinterpret_cast<Vec>(reinterpret_cast<Bits>(shifted) << 23);
 #if defined(__AVX512F__)
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), result);
 #else

@@ -38,7 +38,7 @@ template <class T>
 TokenRows<T> rows_of(const py::array& array, const char* name, py::ssize_t rank, T* data) {
     constexpr py::ssize_t size = sizeof(float);
     bool fits = has_type<float>(array) && array.ndim() == rank;
-    fits = fits && (array.shape(rank - 1) < 2 || array.strides(rank - 1) == size);
+    fits = fits && (array.shape(rank - 1) < 2 || array.size() == 0 || array.strides(rank - 1) == size);
     for (py::ssize_t i = 0; fits && i < rank - 1; ++i) fits = array.strides(i) % size == 0;
     if (!fits)
         refuse(name, "float32 with " + std::to_string(rank) + " dimensions, the last contiguous", array);
