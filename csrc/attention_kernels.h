@@ -62,7 +62,7 @@ constexpr int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // Floats of scratch memory, aligned to 64 bytes, that a call needs.
 constexpr int64_t forward_scratch(int64_t head_dim) {
-    return (3 * kRowBlock + kKeyBlock) * padded(head_dim) + kKeyBlock * kRowBlock;
+    return (3 * kRowBlock + 2 * kKeyBlock) * padded(head_dim) + kKeyBlock * kRowBlock;
 }
 constexpr int64_t backward_scratch(int64_t head_dim, int64_t keys) {
     return (5 * kRowBlock + 3 * keys) * padded(head_dim) + 2 * kKeyBlock * kRowBlock;

@@ -157,6 +157,24 @@ struct OnlineSoftmax {
             store(shrink + i, factor);
         }
     }
+
+    // The same for one row whose scores lie side by side, with room for whole vectors.
+    void add_single(float* scores, int64_t keys) {
+        const int64_t lanes = whole_vectors(keys);
+        for (int64_t j = keys; j < lanes; ++j) scores[j] = -kInfinity;
+        Vec top = splat(max[0]);
+        for (int64_t j = 0; j < lanes; j += kWidth) top = larger(top, load(scores + j));
+        float tops[kWidth];
+        store(tops, top);
+        const float before = max[0];
+        for (const float x : tops) max[0] = max[0] < x ? x : max[0];
+        const float base = max[0] >= -kLargest ? max[0] : 0;
+        shrink[0] = exp_or_nan(splat(before - base))[0];
+        sum[0] *= shrink[0];
+        for (int64_t j = 0; j < lanes; j += kWidth)
+            store(scores + j, exp_or_nan(load(scores + j) - splat(base)));
+        for (int64_t j = 0; j < keys; ++j) sum[0] += scores[j];
+    }
 };
 
 inline void scale_row(const float* from, float factor, float* to, int64_t n) {
@@ -165,9 +183,10 @@ inline void scale_row(const float* from, float factor, float* to, int64_t n) {
     for (; d < n; ++d) to[d] = from[d] * factor;
 }
 
-// out (rows, width) += weights^T V over keys [begin, end); `packed` is room for a block of values.
-inline void add_values(const RowBlock& rows, const float* weights, int64_t begin, int64_t end, bool add,
-                       float* packed, float* out) {
+// out (rows, width) += weights^T V over keys [begin, end), weights (keys, rows); `packed` is room for a block
+// of values.
+inline void add_values(const RowBlock& rows, Matrix weights, int64_t begin, int64_t end, float* packed,
+                       float* out) {
     const AttentionHead& head = rows.head;
     for_each_run(head, head.v, begin, end, [&](int64_t j, const float* data, int64_t count) {
         Matrix values = {data, head.v.stride};
@@ -176,8 +195,8 @@ inline void add_values(const RowBlock& rows, const float* weights, int64_t begin
                 copy_row(data + i * head.v.stride, packed + i * rows.width, head.head_dim, rows.width);
             values = {packed, rows.width};
         }
-        product<true>({weights + (j - begin) * kRowBlock, kRowBlock}, values,
-                      {out, rows.width, add || j > begin ? Into::extend : Into::replace}, rows.count,
+        const Matrix part = {weights.data + (j - begin) * weights.stride, weights.stride};
+        product<true>(part, values, {out, rows.width, j > 0 ? Into::extend : Into::replace}, rows.count,
                       rows.width, count);
     });
 }
@@ -196,27 +215,75 @@ inline void write_rows(const RowBlock& rows, const OnlineSoftmax& softmax, const
     if (head.lse.data != nullptr) rows.for_each(head.lse, [&](int64_t i, float* to) { *to = lse[i]; });
 }
 
-void forward(const AttentionHead& head, int64_t first_row, float* scratch) {
-    const RowBlock rows(head, first_row);
-    float* gathered = scratch;
-    float* q = gathered + kRowBlock * rows.width;
-    float* out = q + kRowBlock * rows.width;
-    float* values = out + kRowBlock * rows.width;
-    float* scores = values + kKeyBlock * rows.width;
-    rows.gather(head.q, gathered);
-    rows.transpose(gathered, head.softmax_scale, q);
-    OnlineSoftmax softmax;
+// Where a call keeps its blocks.
+struct ForwardScratch {
+    float *rows, *q, *out, *keys, *values, *scores;
+
+    ForwardScratch(float* memory, int64_t width)
+        : rows(memory),
+          q(rows + kRowBlock * width),
+          out(q + kRowBlock * width),
+          keys(out + kRowBlock * width),
+          values(keys + kKeyBlock * width),
+          scores(values + kKeyBlock * width) {}
+};
+
+void forward_rows(const RowBlock& rows, const ForwardScratch& scratch, OnlineSoftmax& softmax) {
+    rows.transpose(scratch.rows, rows.head.softmax_scale, scratch.q);
     for (int64_t begin = 0; begin < rows.visible; begin += kKeyBlock) {
         const int64_t end = at_most(begin + kKeyBlock, rows.visible);
-        multiply_keys(rows, head.k, begin, end, q, scores);
-        if (end > rows.visible_to_all) mask_block(rows, begin, end, scores);
-        softmax.add_block(scores, end - begin, rows.lanes);
+        multiply_keys(rows, rows.head.k, begin, end, scratch.q, scratch.scores);
+        if (end > rows.visible_to_all) mask_block(rows, begin, end, scratch.scores);
+        softmax.add_block(scratch.scores, end - begin, rows.lanes);
         for (int64_t i = 0; begin > 0 && i < rows.count; ++i)
-            scale_row(out + i * rows.width, softmax.shrink[i], out + i * rows.width, rows.width);
-        add_values(rows, scores, begin, end, begin > 0, values, out);
+            scale_row(scratch.out + i * rows.width, softmax.shrink[i], scratch.out + i * rows.width,
+                      rows.width);
+        add_values(rows, {scratch.scores, kRowBlock}, begin, end, scratch.values, scratch.out);
     }
-    if (rows.visible <= 0) fill_zero(out, rows.count * rows.width);
-    write_rows(rows, softmax, out);
+}
+
+// Keys [begin, end) to (width, kKeyBlock), zeros behind the last.
+inline void transpose_keys(const RowBlock& rows, int64_t begin, int64_t end, float* packed,
+                           float* transposed) {
+    const int64_t width = rows.width, lanes = whole_vectors(end - begin);
+    const KeyRows& keys = rows.head.k;
+    for_each_run(rows.head, keys, begin, end, [&](int64_t j, const float* data, int64_t count) {
+        for (int64_t i = 0; i < count; ++i)
+            copy_row(data + i * keys.stride, packed + (j - begin + i) * width, rows.head.head_dim, width);
+    });
+    fill_zero(packed + (end - begin) * width, (lanes - (end - begin)) * width);
+    for (int64_t j = 0; j < lanes; j += 4)
+        for (int64_t d = 0; d < width; d += 4)
+            transpose_4x4(packed + j * width + d, width, 1.0f, transposed + d * kKeyBlock + j, kKeyBlock);
+}
+
+// One row, as in decoding, would fill one lane. Here the keys are the lanes; every sum runs in the same order
+// as for many rows, so decoding a token gives the bits that prefill gives. The row's own limit is the end of
+// the keys, which leaves nothing to mask.
+void forward_single(const RowBlock& rows, const ForwardScratch& scratch, OnlineSoftmax& softmax) {
+    const int64_t head_dim = rows.head.head_dim;
+    scale_row(scratch.rows, rows.head.softmax_scale, scratch.q, rows.width);
+    for (int64_t begin = 0; begin < rows.visible; begin += kKeyBlock) {
+        const int64_t end = at_most(begin + kKeyBlock, rows.visible), lanes = whole_vectors(end - begin);
+        transpose_keys(rows, begin, end, scratch.values, scratch.keys);
+        for (int64_t d = 0; d < head_dim; d += kDepth)
+            product<false>({scratch.q + d, 0}, {scratch.keys + d * kKeyBlock, kKeyBlock},
+                           {scratch.scores, 0, d == 0 ? Into::replace : Into::add}, 1, lanes,
+                           at_most(kDepth, head_dim - d));
+        softmax.add_single(scratch.scores, end - begin);
+        if (begin > 0) scale_row(scratch.out, softmax.shrink[0], scratch.out, rows.width);
+        add_values(rows, {scratch.scores, 1}, begin, end, scratch.values, scratch.out);
+    }
+}
+
+void forward(const AttentionHead& head, int64_t first_row, float* memory) {
+    const RowBlock rows(head, first_row);
+    const ForwardScratch scratch(memory, rows.width);
+    rows.gather(head.q, scratch.rows);
+    OnlineSoftmax softmax;
+    if (rows.visible <= 0) fill_zero(scratch.out, rows.count * rows.width);
+    (rows.count == 1 ? forward_single : forward_rows)(rows, scratch, softmax);
+    write_rows(rows, softmax, scratch.out);
 }
 
 // A block of rows as the backward pass needs it, both ways round.
