@@ -375,6 +375,12 @@ def test_native_is_refused_where_it_does_not_serve() -> None:
         assert not native_attention.serves(q, k, v)
 
 
+def test_torch_compile_traces_the_torch_backend() -> None:
+    q, k, v = Case(9, 9).inputs()
+    compiled = torch.compile(lambda *x: attention(*x, causal=True), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), attention(q, k, v, causal=True, backend="torch"))
+
+
 CHECK_PATH = """
 import torch, sys
 import kernels._C as _C
