@@ -1,5 +1,7 @@
-// The Python face of the core: checks numpy arrays, releases the GIL, calls. The only file that knows
-// pybind11.
+// The Python face of the core: checks numpy arrays, releases the GIL, calls. Only this file and its sisters
+// bindings_*.cpp know pybind11.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -135,4 +137,7 @@ void register_sampling(py::module_& module) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) { register_sampling(module); }
+PYBIND11_MODULE(_C, module) {
+    register_sampling(module);
+    tandem::register_attention(module);
+}

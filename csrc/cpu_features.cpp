@@ -10,7 +10,8 @@ namespace {
 bool cpu_has(CpuPath path) {
     if (path == CpuPath::generic) return true;
 #if defined(__x86_64__)
-    if (path == CpuPath::avx2) return __builtin_cpu_supports("avx2") != 0;
+    if (path == CpuPath::avx2)
+        return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
     return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
            __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
 #else

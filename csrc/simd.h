@@ -1,5 +1,5 @@
-// Sixteen floats at a time, in as many vectors as the file's target needs. Included only by
-// row_kernels_impl.h, and so compiled once a CPU path: everything is in an unnamed namespace and nothing of
+// Sixteen floats at a time, in as many vectors as the file's target needs. Included only by the bodies of
+// kernels (*_impl.h), and so compiled once a CPU path: everything is in an unnamed namespace and nothing of
 // the standard library is called, or the linker might keep one path's copy of a shared function for all of
 // them.
 #pragma once
@@ -32,7 +32,8 @@ struct Lanes {
     Vec part[kParts];
 };
 
-inline Vec splat(float x) { return Vec{} + x; }
+// x - 0 is x whatever its sign, so nothing is left of the subtraction but the broadcast.
+inline Vec splat(float x) { return x - Vec{}; }
 
 inline Vec load(const float* p) {
     Vec v;

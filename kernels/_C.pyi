@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+max_head_dim: int  # of attention
 cpu_path: str  # "generic", "avx2" or "avx512"
 
 class SamplingBatch:
@@ -19,3 +20,53 @@ def sample(
     list[str | None],
 ]: ...
 def uniform(seed: int, position: int) -> float: ...
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+
+def attention_forward(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cu_seqlens_q: Integers | None,
+    cu_seqlens_k: Integers | None,
+    key_lengths: Integers | None,
+    causal: bool,
+    softmax_scale: float,
+    out: Floats,
+    lse: Floats | None,
+    num_threads: int,
+    /,
+) -> None: ...
+def attention_backward(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    cu_seqlens_q: Integers | None,
+    cu_seqlens_k: Integers | None,
+    key_lengths: Integers | None,
+    causal: bool,
+    softmax_scale: float,
+    out: Floats,
+    lse: Floats,
+    grad_out: Floats,
+    grad_lse: Floats | None,
+    grad_q: Floats,
+    grad_k: Floats,
+    grad_v: Floats,
+    num_threads: int,
+    /,
+) -> None: ...
+def paged_attention(
+    q: Floats,
+    k_cache: Floats,
+    v_cache: Floats,
+    block_table: Integers,
+    cache_seqlens: Integers,
+    cu_seqlens_q: Integers,
+    causal: bool,
+    softmax_scale: float,
+    out: Floats,
+    num_threads: int,
+    /,
+) -> None: ...

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels import reference
+from kernels import native_attention, reference
 from kernels.backend import choose
 
 AVAILABLE = ("torch", "reference")
+AVAILABLE_NATIVE = ("native", *AVAILABLE)  # where native_attention serves the call
 
 
 def attention(
@@ -32,22 +33,33 @@ def attention(
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), or packed (tokens_q, heads, head_dim) with ``cu_seqlens_q``.
-        k, v: the same layout with kv_heads, which divides heads; query head h reads kv head h // (heads // kv_heads).
+        k, v: the same layout with kv_heads, which divides heads; query head h reads kv head
+            h // (heads // kv_heads).
         causal: aligned bottom-right: query i of a sequence sees keys j <= i + seqlen_k - seqlen_q.
         softmax_scale: 1 / sqrt(head_dim) unless given.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each packed sequence begins, from 0 to tokens.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; needed when packed.
         key_lengths: int (batch,), how many of the padded keys are real.
         dropout_p: drops attention weights; the caller passes 0 outside training.
-        return_lse: also return the scores' log-sum-exp, float32: (batch, heads, seqlen_q) or packed (heads, tokens_q).
-        backend: ``torch`` (SDPA) or ``reference``; chosen by ``kernels.backend`` unless given.
+        return_lse: also return the scores' log-sum-exp, float32: (batch, heads, seqlen_q) or packed
+            (heads, tokens_q).
+        backend: ``native`` (C++; float32 on a CPU, no dropout, head_dim at most 256, gradients once),
+            ``torch`` (SDPA) or ``reference``; chosen by ``kernels.backend`` unless given.
 
     Returns the output in q's shape and dtype. A query that sees no key gives zeros (lse -inf).
     Raises ValueError when shapes or options contradict each other.
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if packed and None in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        raise ValueError("packed attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
+    if packed and key_lengths is not None:
+        raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
     _check(q, k, v, packed, key_lengths)
-    name = choose("attention", AVAILABLE, backend)
+    native = dropout_p == 0 and native_attention.serves(q, k, v)
+    name = choose("attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
+    if name == "native":
+        lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
+        return native_attention.attention(q, k, v, lengths, causal, softmax_scale, return_lse)
     if not packed:
         if name == "torch" and not return_lse:
             return _sdpa(q, k, v, causal, softmax_scale, key_lengths, dropout_p)
@@ -56,26 +68,27 @@ def attention(
             q, k, v, causal=causal, softmax_scale=softmax_scale, key_lengths=key_lengths, dropout_p=dropout_p
         )
         return (out, lse) if return_lse else out
-    if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
-        raise ValueError("packed attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
-    if key_lengths is not None:
-        raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
-    out, lse = _packed(
+    assert cu_seqlens_q is not None
+    assert cu_seqlens_k is not None
+    assert max_seqlen_q is not None
+    assert max_seqlen_k is not None
+    packed_out, packed_lse = _packed(
         q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
         want_lse=return_lse or name == "reference",
     )  # fmt: skip
     if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+        return packed_out
+    assert packed_lse is not None
+    return packed_out, packed_lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, packed: bool, key_lengths: Tensor | None) -> None:
     rank = 3 if packed else 4
     if q.dim() != rank or k.dim() != rank or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        layout = "(tokens, heads, head_dim)" if packed else "(batch, seqlen, heads, head_dim)"
         raise ValueError(
-            f"q, k, v must be {'(tokens, heads, head_dim)' if packed else '(batch, seqlen, heads, head_dim)'} with one "
-            f"head_dim, and k and v alike: got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"q, k, v must be {layout} "
+            f"with one head_dim, and k and v alike: got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(f"{k.shape[-2]} kv heads do not divide {q.shape[-2]} heads")
@@ -114,7 +127,7 @@ def sdpa_masked(
     dropout_p: float = 0.0,
     is_causal: bool = False,
 ) -> Tensor:
-    """torch's SDPA on (batch, seqlen, heads, head_dim), with the contract's zeros for a query that sees no key."""
+    """torch's SDPA on (batch, seqlen, heads, head_dim); a query that sees no key gives zeros."""
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

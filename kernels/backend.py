@@ -1,7 +1,8 @@
 """The one place that picks which implementation of an operation runs.
 
-Every compiled operation names the backends it has, best first; ``choose`` returns the one to use. An argument wins over
-the environment variable ``TANDEM_BACKEND``, which wins over the default. What is asked for and missing is an error.
+Every compiled operation names the backends that serve a call, best first; ``choose`` returns the one to
+use. An argument wins over the environment variable ``TANDEM_BACKEND``, which wins over the default. What is
+asked for and missing is an error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+
+import torch
 
 BACKENDS = ("triton", "native", "torch", "reference")
 ENVIRONMENT_VARIABLE = "TANDEM_BACKEND"
@@ -23,16 +26,24 @@ def choose(operation: str, available: Sequence[str], requested: str | None = Non
     Raises ValueError for a name that is no backend, or that this operation does not have.
     """
     name = requested or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    return _resolve(operation, tuple(available), name)
+    # A traced graph has no room for a cache or a log line, and is traced once anyway.
+    pick = _pick if torch.compiler.is_compiling() else _pick_once
+    return pick(operation, tuple(available), name)
+
+
+def _pick(operation: str, available: tuple[str, ...], name: str) -> str:
+    if name == "auto":
+        return available[0]
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)} or auto")
+    if name not in available:
+        allowed = ", ".join(available)
+        raise ValueError(f"{operation} has no {name} backend here: choose one of {allowed} or auto")
+    return name
 
 
 @functools.cache
-def _resolve(operation: str, available: tuple[str, ...], name: str) -> str:
-    if name == "auto":
-        name = available[0]
-    elif name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)} or auto")
-    elif name not in available:
-        raise ValueError(f"{operation} has no {name} backend here: choose one of {', '.join(available)} or auto")
-    logger.info("%s runs on the %s backend", operation, name)
-    return name
+def _pick_once(operation: str, available: tuple[str, ...], name: str) -> str:
+    picked = _pick(operation, available, name)
+    logger.info("%s runs on the %s backend", operation, picked)
+    return picked

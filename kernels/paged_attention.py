@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import native_attention, reference
 from kernels.attention import sdpa_masked, unpack
 from kernels.backend import choose
 
 AVAILABLE = ("torch", "reference")
+AVAILABLE_NATIVE = ("native", *AVAILABLE)
 
 
 def append_to_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -42,15 +43,27 @@ def paged_attention(
     Args:
         q: (tokens, heads, head_dim), any number of queries a sequence.
         k_cache, v_cache: (num_blocks, block_size, kv_heads, head_dim).
-        block_table: int32 (batch, max_blocks), the blocks of each sequence in order; entries past its end are ignored.
-        cache_seqlens: int32 (batch,), how many keys each sequence has in the cache, the queries' own included.
+        block_table: int32 (batch, max_blocks), the blocks of each sequence in order; entries past its end are
+            ignored.
+        cache_seqlens: int32 (batch,), how many keys each sequence has in the cache, the queries' own
+            included.
         cu_seqlens_q: int32 (batch + 1,), where each sequence's queries begin in q.
         max_seqlen_q: the most queries of one sequence.
         causal: aligned bottom-right, so the last query of a sequence sees all its keys.
+        backend: ``native`` (C++, reads the blocks in place; float32 on a CPU, head_dim at most 256, no
+            gradients), ``torch`` (gathers the blocks for SDPA) or ``reference``; chosen by
+            ``kernels.backend`` unless given.
 
-    Returns (tokens, heads, head_dim) in q's dtype.
+    Returns (tokens, heads, head_dim) in q's dtype. Raises ValueError when shapes contradict each other.
     """
-    if choose("paged_attention", AVAILABLE, backend) == "reference":
+    _check(q, k_cache, v_cache)
+    native = _wants_no_gradient(q, k_cache, v_cache) and native_attention.serves(q, k_cache, v_cache)
+    name = choose("paged_attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
+    if name == "native":
+        return native_attention.paged_attention(
+            q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal, softmax_scale
+        )
+    if name == "reference":
         return reference.paged_attention(
             q,
             k_cache,
@@ -75,3 +88,19 @@ def paged_attention(
         mask = mask & (keys[None, None, :] <= last_key[:, :, None])[:, None]
     real = rows < lengths_q[:, None]
     return sdpa_masked(unpack(q, real), k, v, mask, softmax_scale)[real]
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    fits = q.dim() == 3 and k_cache.dim() == 4 and k_cache.shape == v_cache.shape
+    if not fits or q.shape[-1] != k_cache.shape[-1]:
+        raise ValueError(
+            "q must be (tokens, heads, head_dim), the caches alike "
+            "(num_blocks, block_size, kv_heads, head_dim) with that head_dim: "
+            f"got {tuple(q.shape)}, {tuple(k_cache.shape)}, {tuple(v_cache.shape)}"
+        )
+    if q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"{k_cache.shape[2]} kv heads do not divide {q.shape[1]} heads")
+
+
+def _wants_no_gradient(*tensors: Tensor) -> bool:
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

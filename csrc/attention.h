@@ -1,0 +1,51 @@
+// Scaled dot-product attention on the CPU, float32: padded, packed or over a paged cache, forward and
+// backward.
+#pragma once
+
+#include <cstdint>
+
+namespace tandem {
+
+// Row (b, t, h) begins at data + b * batch_stride + t * token_stride + h * head_stride. What is packed has no
+// batch; of a cache, b is a block and t a place in it.
+template <class T>
+struct TokenRows {
+    T* data;
+    int64_t batch_stride, token_stride, head_stride;
+};
+
+// One float a query and head, (batch, heads, seqlen_q) or (heads, tokens); null data: not there.
+template <class T>
+struct HeadFloats {
+    T* data;
+    int64_t batch_stride, head_stride;
+};
+
+struct AttentionBatch {
+    int64_t batch, heads, kv_heads, head_dim;
+    TokenRows<const float> q, k, v;
+    int64_t seqlen_q, seqlen_k;   // padded lengths
+    const int32_t* cu_seqlens_q;  // packed queries; null: padded
+    const int32_t* cu_seqlens_k;  // packed keys; null: padded or paged
+    const int32_t* key_lengths;   // real keys of a padded or paged sequence; null: all
+    const int32_t* block_table;   // null: not paged
+    int64_t table_stride, block_size;
+    bool causal;  // aligned bottom-right
+    float softmax_scale;
+};
+
+struct AttentionGradients {
+    TokenRows<const float> out, grad_out;
+    HeadFloats<const float> lse, grad_lse;
+    TokenRows<float> grad_q, grad_k, grad_v;  // grad_k and grad_v of keys past a sequence's end are zeroed
+};
+
+// Lengths, offsets and block ids must be checked by the caller. head_dim is at most kMaxHeadDim. The result
+// does not depend on num_threads.
+void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out, const HeadFloats<float>& lse,
+                       int num_threads);
+
+// Not for paged batches.
+void attention_backward(const AttentionBatch& batch, const AttentionGradients& gradients, int num_threads);
+
+}  // namespace tandem

@@ -1,0 +1,10 @@
+// What the files of bindings share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace tandem {
+
+void register_attention(pybind11::module_& module);
+
+}  // namespace tandem

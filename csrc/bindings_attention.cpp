@@ -1,0 +1,257 @@
+// Attention's Python face: checks arrays and offsets once a call, then hands pointers and strides on.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+
+#include "attention.h"
+#include "attention_kernels.h"
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using tandem::AttentionBatch;
+using tandem::HeadFloats;
+using tandem::TokenRows;
+
+using Optional = std::optional<py::array>;
+
+std::string shape_of(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
+
+[[noreturn]] void refuse(const char* name, const std::string& wanted, const py::array& array) {
+    throw py::value_error(std::string(name) + " must be " + wanted + ", got " +
+                          py::str(array.dtype()).cast<std::string>() + " of shape " + shape_of(array) +
+                          " and strides " + py::str(array.attr("strides")).cast<std::string>() + " in bytes");
+}
+
+template <class T>
+bool has_type(const py::array& array) {
+    return py::isinstance<py::array_t<T>>(array);
+}
+
+// (batch, tokens, heads, head_dim), or (tokens, heads, head_dim) with a batch stride of 0.
+template <class T>
+TokenRows<T> rows_of(const py::array& array, const char* name, py::ssize_t rank, T* data) {
+    constexpr py::ssize_t size = sizeof(float);
+    bool fits = has_type<float>(array) && array.ndim() == rank;
+    fits = fits && (array.shape(rank - 1) < 2 || array.size() == 0 || array.strides(rank - 1) == size);
+    for (py::ssize_t i = 0; fits && i < rank - 1; ++i) fits = array.strides(i) % size == 0;
+    if (!fits)
+        refuse(name, "float32 with " + std::to_string(rank) + " dimensions, the last contiguous", array);
+    return {data, rank == 4 ? array.strides(0) / size : 0, array.strides(rank - 3) / size,
+            array.strides(rank - 2) / size};
+}
+
+TokenRows<const float> read(const py::array& array, const char* name, py::ssize_t rank) {
+    return rows_of(array, name, rank, static_cast<const float*>(array.data()));
+}
+
+TokenRows<float> write(py::array& array, const char* name, py::ssize_t rank) {
+    return rows_of(array, name, rank, static_cast<float*>(array.mutable_data()));
+}
+
+// (batch, heads, seqlen_q) or (heads, tokens), contiguous.
+template <class T>
+HeadFloats<T> floats_of(const py::array& array, const char* name, const AttentionBatch& batch, T* data) {
+    const bool packed = batch.cu_seqlens_q != nullptr;
+    const py::ssize_t rank = packed ? 2 : 3;
+    const int64_t queries = packed ? batch.cu_seqlens_q[batch.batch] : batch.seqlen_q;
+    const bool fits = has_type<float>(array) && array.ndim() == rank &&
+                      array.shape(rank - 2) == batch.heads && array.shape(rank - 1) == queries &&
+                      (packed || array.shape(0) == batch.batch) && (array.flags() & py::array::c_style) != 0;
+    if (!fits) refuse(name, "contiguous float32, one number a head and query", array);
+    return {data, packed ? 0 : batch.heads * queries, queries};
+}
+
+const int32_t* integers(const Optional& array, const char* name, int64_t length) {
+    if (!array) return nullptr;
+    const bool fits = has_type<int32_t>(*array) && array->ndim() == 1 && array->shape(0) == length &&
+                      (length < 2 || array->strides(0) == sizeof(int32_t));
+    if (!fits) refuse(name, "contiguous int32 of shape (" + std::to_string(length) + ",)", *array);
+    return static_cast<const int32_t*>(array->data());
+}
+
+void check_offsets(const int32_t* offsets, const char* name, int64_t batch, int64_t tokens) {
+    bool fits = offsets[0] == 0 && offsets[batch] == tokens;
+    for (int64_t b = 0; fits && b < batch; ++b) fits = offsets[b] <= offsets[b + 1];
+    if (!fits)
+        throw py::value_error(std::string(name) + " must rise from 0 to the number of tokens, " +
+                              std::to_string(tokens));
+}
+
+void check_lengths(const int32_t* lengths, const char* name, int64_t batch, int64_t most) {
+    for (int64_t b = 0; b < batch; ++b)
+        if (lengths[b] < 0 || lengths[b] > most)
+            throw py::value_error(std::string(name) + " must be between 0 and " + std::to_string(most) +
+                                  ", got " + std::to_string(lengths[b]) + " for sequence " +
+                                  std::to_string(b));
+}
+
+void check_same_shape(const py::array& array, const char* name, const py::array& like) {
+    bool same = array.ndim() == like.ndim();
+    for (py::ssize_t i = 0; same && i < like.ndim(); ++i) same = array.shape(i) == like.shape(i);
+    if (!same)
+        throw py::value_error(std::string(name) + " must have shape " + shape_of(like) + ", got " +
+                              shape_of(array));
+}
+
+void check_heads(const AttentionBatch& batch, const py::array& k, const py::array& v) {
+    const py::ssize_t rank = k.ndim();
+    check_same_shape(v, "v", k);
+    if (k.shape(rank - 1) != batch.head_dim || batch.head_dim < 1 || batch.head_dim > tandem::kMaxHeadDim)
+        throw py::value_error("head_dim must be one for q, k and v, and between 1 and " +
+                              std::to_string(tandem::kMaxHeadDim));
+    if (batch.kv_heads < 1 || batch.heads % batch.kv_heads != 0)
+        throw py::value_error(std::to_string(batch.kv_heads) + " kv heads do not divide " +
+                              std::to_string(batch.heads) + " heads");
+}
+
+// q, k and v, padded or, with offsets, packed.
+AttentionBatch batch_of(const py::array& q, const py::array& k, const py::array& v,
+                        const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+                        const Optional& key_lengths, bool causal, float scale) {
+    const bool packed = cu_seqlens_q.has_value();
+    const py::ssize_t rank = packed ? 3 : 4;
+    if (packed != cu_seqlens_k.has_value() || (packed && key_lengths))
+        throw py::value_error(
+            "give cu_seqlens_q and cu_seqlens_k for a packed batch, key_lengths for a padded one");
+    AttentionBatch batch{};
+    batch.q = read(q, "q", rank);
+    batch.k = read(k, "k", rank);
+    batch.v = read(v, "v", rank);
+    batch.batch = packed ? cu_seqlens_q->size() - 1 : q.shape(0);
+    batch.heads = q.shape(rank - 2);
+    batch.kv_heads = k.shape(rank - 2);
+    batch.head_dim = q.shape(rank - 1);
+    batch.seqlen_q = q.shape(rank - 3);
+    batch.seqlen_k = k.shape(rank - 3);
+    batch.causal = causal;
+    batch.softmax_scale = scale;
+    check_heads(batch, k, v);
+    batch.cu_seqlens_q = integers(cu_seqlens_q, "cu_seqlens_q", batch.batch + 1);
+    batch.cu_seqlens_k = integers(cu_seqlens_k, "cu_seqlens_k", batch.batch + 1);
+    batch.key_lengths = integers(key_lengths, "key_lengths", batch.batch);
+    if (packed) {
+        if (batch.batch < 0) throw py::value_error("cu_seqlens_q must hold at least one number");
+        check_offsets(batch.cu_seqlens_q, "cu_seqlens_q", batch.batch, batch.seqlen_q);
+        check_offsets(batch.cu_seqlens_k, "cu_seqlens_k", batch.batch, batch.seqlen_k);
+    } else if (k.shape(0) != batch.batch) {
+        throw py::value_error("q holds " + std::to_string(batch.batch) + " sequences and k " +
+                              std::to_string(k.shape(0)));
+    }
+    if (batch.key_lengths != nullptr)
+        check_lengths(batch.key_lengths, "key_lengths", batch.batch, batch.seqlen_k);
+    return batch;
+}
+
+void check_threads(int num_threads) {
+    if (num_threads < 1)
+        throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
+}
+
+void forward(const py::array& q, const py::array& k, const py::array& v, const Optional& cu_seqlens_q,
+             const Optional& cu_seqlens_k, const Optional& key_lengths, bool causal, float softmax_scale,
+             py::array& out, std::optional<py::array>& lse, int num_threads) {
+    check_threads(num_threads);
+    const AttentionBatch batch =
+        batch_of(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, softmax_scale);
+    check_same_shape(out, "out", q);
+    const TokenRows<float> result = write(out, "out", q.ndim());
+    HeadFloats<float> log_sums{};
+    if (lse) log_sums = floats_of(*lse, "lse", batch, static_cast<float*>(lse->mutable_data()));
+    const py::gil_scoped_release release;
+    tandem::attention_forward(batch, result, log_sums, num_threads);
+}
+
+void backward(const py::array& q, const py::array& k, const py::array& v, const Optional& cu_seqlens_q,
+              const Optional& cu_seqlens_k, const Optional& key_lengths, bool causal, float softmax_scale,
+              const py::array& out, const py::array& lse, const py::array& grad_out, const Optional& grad_lse,
+              py::array& grad_q, py::array& grad_k, py::array& grad_v, int num_threads) {
+    check_threads(num_threads);
+    const AttentionBatch batch =
+        batch_of(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, softmax_scale);
+    const auto floats = [&](const py::array& array, const char* name) {
+        return floats_of(array, name, batch, static_cast<const float*>(array.data()));
+    };
+    const py::ssize_t rank = q.ndim();
+    check_same_shape(out, "out", q);
+    check_same_shape(grad_out, "grad_out", q);
+    check_same_shape(grad_q, "grad_q", q);
+    check_same_shape(grad_k, "grad_k", k);
+    check_same_shape(grad_v, "grad_v", v);
+    const tandem::AttentionGradients gradients = {
+        read(out, "out", rank),
+        read(grad_out, "grad_out", rank),
+        floats(lse, "lse"),
+        grad_lse ? floats(*grad_lse, "grad_lse") : HeadFloats<const float>{},
+        write(grad_q, "grad_q", rank),
+        write(grad_k, "grad_k", rank),
+        write(grad_v, "grad_v", rank)};
+    const py::gil_scoped_release release;
+    tandem::attention_backward(batch, gradients, num_threads);
+}
+
+// The blocks that hold a sequence's keys must be in the cache; entries behind them may be anything.
+void check_blocks(const AttentionBatch& batch, int64_t num_blocks) {
+    for (int64_t b = 0; b < batch.batch; ++b)
+        for (int64_t i = 0; i * batch.block_size < batch.key_lengths[b]; ++i) {
+            const int32_t block = batch.block_table[b * batch.table_stride + i];
+            if (block < 0 || block >= num_blocks)
+                throw py::value_error("block_table names block " + std::to_string(block) + " of sequence " +
+                                      std::to_string(b) + ", the cache has " + std::to_string(num_blocks));
+        }
+}
+
+AttentionBatch paged_batch_of(const py::array& q, const py::array& k_cache, const py::array& v_cache,
+                              const py::array& block_table, const Optional& cache_seqlens,
+                              const Optional& cu_seqlens_q, bool causal, float softmax_scale) {
+    AttentionBatch batch{};
+    batch.q = read(q, "q", 3);
+    batch.k = read(k_cache, "k_cache", 4);
+    batch.v = read(v_cache, "v_cache", 4);
+    if (!has_type<int32_t>(block_table) || block_table.ndim() != 2 ||
+        (block_table.shape(1) > 1 && block_table.strides(1) != sizeof(int32_t)))
+        refuse("block_table", "int32 (batch, max_blocks) with contiguous rows", block_table);
+    batch.batch = block_table.shape(0);
+    batch.heads = q.shape(1);
+    batch.kv_heads = k_cache.shape(2);
+    batch.head_dim = q.shape(2);
+    batch.seqlen_q = q.shape(0);
+    batch.block_size = k_cache.shape(1);
+    batch.causal = causal;
+    batch.softmax_scale = softmax_scale;
+    check_heads(batch, k_cache, v_cache);
+    batch.cu_seqlens_q = integers(cu_seqlens_q, "cu_seqlens_q", batch.batch + 1);
+    batch.key_lengths = integers(cache_seqlens, "cache_seqlens", batch.batch);
+    batch.block_table = static_cast<const int32_t*>(block_table.data());
+    batch.table_stride = block_table.strides(0) / static_cast<py::ssize_t>(sizeof(int32_t));
+    check_offsets(batch.cu_seqlens_q, "cu_seqlens_q", batch.batch, batch.seqlen_q);
+    check_lengths(batch.key_lengths, "cache_seqlens", batch.batch, block_table.shape(1) * batch.block_size);
+    check_blocks(batch, k_cache.shape(0));
+    return batch;
+}
+
+void paged(const py::array& q, const py::array& k_cache, const py::array& v_cache,
+           const py::array& block_table, const Optional& cache_seqlens, const Optional& cu_seqlens_q,
+           bool causal, float softmax_scale, py::array& out, int num_threads) {
+    check_threads(num_threads);
+    const AttentionBatch batch =
+        paged_batch_of(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal, softmax_scale);
+    check_same_shape(out, "out", q);
+    const TokenRows<float> result = write(out, "out", 3);
+    const py::gil_scoped_release release;
+    tandem::attention_forward(batch, result, {}, num_threads);
+}
+
+}  // namespace
+
+void tandem::register_attention(py::module_& module) {
+    module.attr("max_head_dim") = kMaxHeadDim;
+    module.def("attention_forward", &forward);
+    module.def("attention_backward", &backward);
+    module.def("paged_attention", &paged);
+}

@@ -1,0 +1,149 @@
+"""The C++ attention of csrc/attention.h behind torch tensors: float32 on a CPU, with its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch  # before _C: both must share one C++ runtime
+from torch import Tensor
+
+try:
+    import kernels._C as _C
+except ModuleNotFoundError:  # attention has other backends; `make env` builds this one
+    MAX_HEAD_DIM = 0
+else:
+    MAX_HEAD_DIM = _C.max_head_dim
+
+Lengths = tuple[Tensor | None, Tensor | None, Tensor | None]  # cu_seqlens_q, cu_seqlens_k, key_lengths
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the C++ kernels take these tensors. torch.compile and autocast have plans of their own."""
+    return (
+        q.dtype is torch.float32
+        and k.dtype is torch.float32
+        and v.dtype is torch.float32
+        and not torch.compiler.is_compiling()
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and 0 < q.shape[-1] <= MAX_HEAD_DIM
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    causal: bool,
+    softmax_scale: float | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See ``kernels.attention.attention``, which has checked the shapes."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _Attention.apply(q, k, v, lengths, causal, softmax_scale)
+    else:
+        out, lse = forward(q, k, v, lengths, causal, softmax_scale, want_lse=return_lse)
+    return (out, lse) if return_lse else out
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    causal: bool,
+    softmax_scale: float | None,
+    *,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    out = torch.empty(q.shape)
+    lse = None
+    if want_lse:
+        shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+        lse = torch.empty(shape)
+    _C.attention_forward(
+        _rows(q), _rows(k), _rows(v), *_lengths(lengths), causal, _scale(q, softmax_scale),
+        out.numpy(), None if lse is None else lse.numpy(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Reads the cache's blocks in place: see ``kernels.paged_attention.paged_attention``."""
+    out = torch.empty(q.shape)
+    _C.paged_attention(
+        _rows(q), k_cache.detach().numpy(), v_cache.detach().numpy(), _integers(block_table),
+        _integers(cache_seqlens), _integers(cu_seqlens_q), causal, _scale(q, softmax_scale), out.numpy(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor) -> Any:
+    """A numpy view whose last dimension is contiguous; only an unusual layout is copied."""
+    x = x.detach()
+    return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).numpy()
+
+
+def _integers(x: Tensor | None) -> Any:
+    return None if x is None else x.to(torch.int32).contiguous().numpy()
+
+
+def _lengths(lengths: Sequence[Tensor | None]) -> tuple[Any, Any, Any]:
+    cu_seqlens_q, cu_seqlens_k, key_lengths = map(_integers, lengths)
+    return cu_seqlens_q, cu_seqlens_k, key_lengths
+
+
+def _scale(q: Tensor, softmax_scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps the output and the log-sum-exp; the backward pass computes the probabilities again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Lengths,
+        causal: bool,
+        softmax_scale: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse = forward(q, k, v, lengths, causal, softmax_scale, want_lse=True)
+        ctx.save_for_backward(q, k, v, out, lse, *lengths)
+        ctx.set_materialize_grads(False)
+        ctx.causal, ctx.softmax_scale = causal, softmax_scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "native attention has no second derivative: use backend='torch' for create_graph"
+            )
+        q, k, v, out, lse, *lengths = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+        _C.attention_backward(
+            _rows(q), _rows(k), _rows(v), *_lengths(lengths), ctx.causal, _scale(q, ctx.softmax_scale),
+            out.numpy(), lse.numpy(), _rows(grad_out), None if grad_lse is None else grad_lse.numpy(),
+            grad_q.numpy(), grad_k.numpy(), grad_v.numpy(), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v, None, None, None
