@@ -134,9 +134,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "native attention has no second derivative: use backend='torch' for create_graph"
-            )
+            raise RuntimeError("native attention has no second derivative: use backend='torch' for create_graph")
         q, k, v, out, lse, *lengths = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = None if grad_lse is None else grad_lse.contiguous()

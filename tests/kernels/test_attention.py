@@ -59,14 +59,10 @@ CASES = [
 ]
 
 
-def gradients(
-    case: Case, dtype: torch.dtype, backend: str, with_lse: bool = False
-) -> tuple[Tensor, list[Tensor]]:
+def gradients(case: Case, dtype: torch.dtype, backend: str, with_lse: bool = False) -> tuple[Tensor, list[Tensor]]:
     """The output and the gradients of q, k and v for one fixed gradient of the output (and of the lse)."""
     inputs = [x.to(dtype).requires_grad_() for x in case.inputs()]
-    out = attention(
-        *inputs, causal=case.causal, softmax_scale=case.scale, key_lengths=case.lengths, backend=backend
-    )
+    out = attention(*inputs, causal=case.causal, softmax_scale=case.scale, key_lengths=case.lengths, backend=backend)
     assert isinstance(out, Tensor)
     torch.manual_seed(1)
     return out.detach(), list(torch.autograd.grad(out, inputs, torch.randn(out.shape).to(dtype)))
@@ -217,9 +213,7 @@ def test_scores_of_any_size() -> None:
 
 
 def test_gradients_of_the_torch_backend_in_float64() -> None:
-    inputs = [
-        torch.randn(2, n, h, 4, dtype=torch.float64, requires_grad=True) for n, h in ((3, 2), (5, 1), (5, 1))
-    ]
+    inputs = [torch.randn(2, n, h, 4, dtype=torch.float64, requires_grad=True) for n, h in ((3, 2), (5, 1), (5, 1))]
     assert torch.autograd.gradcheck(lambda *x: attention(*x, causal=True), inputs)
 
 
