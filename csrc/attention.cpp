@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "attention_kernels.h"
-#include "thread_pool.h"
+#include "parallel.h"
 
 namespace tandem {
 namespace {

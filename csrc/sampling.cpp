@@ -9,7 +9,7 @@
 #include "penalties.h"
 #include "philox.h"
 #include "row_kernels.h"
-#include "thread_pool.h"
+#include "parallel.h"
 
 namespace tandem {
 namespace {
