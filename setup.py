@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    import pybind11
+except ModuleNotFoundError:
+    sys.exit("pybind11 is missing: install it (pip install pybind11) and try again")
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ["kernels", "models", "engine", "train", "train.data", "tools", "tools.profile"]

@@ -1,4 +1,4 @@
-"""Who runs in the next step: newcomers while there is room, else everyone who is decoding."""
+"""Who runs in the next step: everyone who is decoding, and newcomers while there is room."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.request import Request, Sequence
 
 @dataclass
 class Schedule:
-    """One step's sequences. In a prefill their prompts run, and first the sources of ``requests``, if they have any."""
+    """One step's sequences, and the requests among them that are new: their sources are to be encoded first."""
 
     sequences: list[Sequence]
     requests: list[Request]
@@ -49,7 +49,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> Schedule:
-        """The next step. Newcomers go first, so that later steps decode larger batches."""
+        """The next step: everyone who is running, and newcomers while there is room and budget for their prompts."""
         admitted: list[Request] = []
         tokens = 0
         while self.waiting and self._fits(self.waiting[0]):
@@ -58,9 +58,7 @@ class Scheduler:
                 break
             tokens += cost
             admitted.append(self._admit(self.waiting.popleft()))
-        if admitted:
-            return Schedule([sequence for request in admitted for sequence in request.sequences], admitted)
-        return Schedule(self.running, [])
+        return Schedule(self.running, admitted)
 
     def retire(self) -> None:
         """Frees what finished sequences hold."""

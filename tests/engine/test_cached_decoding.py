@@ -49,14 +49,17 @@ def test_cached_decoding_of_a_ragged_batch_equals_a_full_forward_pass(
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
-def test_the_reference_backend_decodes_the_same(architecture: str) -> None:
+def test_every_backend_decodes_the_same_even_when_requests_join_late(architecture: str) -> None:
     model = tiny_model(architecture)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     outputs = [
-        LLM.from_model(model, None, device="cpu", backend=backend).generate(prompts(), params, use_tqdm=False)
-        for backend in ("torch", "reference")
+        LLM.from_model(model, None, device="cpu", backend=backend, max_num_seqs=2).generate(
+            prompts(), params, use_tqdm=False
+        )
+        for backend in ("native", "torch", "reference")
     ]
-    assert [o.outputs[0].token_ids for o in outputs[0]] == [o.outputs[0].token_ids for o in outputs[1]]
+    tokens = [[o.outputs[0].token_ids for o in each] for each in outputs]
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
