@@ -23,8 +23,8 @@ def _extend_text(sequence: Sequence, token_id: int) -> None:
     if sequence.stream is None:
         return
     ended = sequence.finish_reason is not None
-    # The token that ends a text is no part of it, unless special tokens are wanted in the text.
-    shown = [] if ended and sequence.request.params.skip_special_tokens else [token_id]
+    # The token that ends a text is no part of it unless asked for, as in vLLM.
+    shown = [] if ended and not sequence.request.params.include_stop_str_in_output else [token_id]
     sequence.text += sequence.stream.push(shown, final=ended)
     _cut_at_stop_string(sequence)
 

@@ -42,8 +42,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Adds a token to every scheduled sequence; returns them, finished ones included."""
+        """Adds a token to every scheduled sequence; returns them, finished ones included (none when idle)."""
         schedule = self.scheduler.schedule()
+        if not schedule.sequences:
+            return []
         logits = self._run(schedule)
         result = sample(logits, self.columns.batch(schedule.sequences), num_threads=self.num_threads)
         self._deliver(schedule.sequences, result)

@@ -60,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
     if (options.input is None) != (options.output is None):
         raise ValueError("--input and --output go together")
     prompts = read_prompts(Path(options.input)) if options.input else []
+    if options.output:
+        Path(options.output).touch()  # a folder that is not there should not wait for the last output
     sampling_params(options, options.max_tokens)  # a wrong value should not wait for the model to load
     llm = LLM(options.model, device=options.device, dtype=options.dtype, num_threads=options.num_threads)
     if options.interactive:

@@ -6,6 +6,8 @@ outcome, so that no step can run out. A source's keys and values are written onc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,9 +48,7 @@ class KVCache:
     ) -> None:  # fmt: skip
         assert config.kv_heads is not None and config.head_dim is not None
         shape = (config.depth, num_blocks, block_size, config.kv_heads, config.head_dim)
-        # Zeros, not empty: attention multiplies what lies past a sequence's end by zero, which NaN would survive.
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = _zeros(shape, device, dtype), _zeros(shape, device, dtype)
         self.block_size, self.num_blocks, self.device = block_size, num_blocks, device
         width = -(-max_model_len // block_size)
         self.tables: Table = np.zeros((max_num_seqs, width), dtype=np.int32)
@@ -118,6 +118,30 @@ class KVCache:
         return taken
 
 
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros, not empty: attention multiplies what lies past a sequence's end by zero, which NaN would survive.
+
+    On a CPU numpy leaves the pages untouched until they are used, which torch does not.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive sequences of a step, as ``paged_attention`` takes them; ``tokens`` are theirs in the batch."""
+
+    tokens: slice
+    cu_seqlens: Tensor
+    max_count: int
+    tables: Tensor
+    lengths: Tensor
+    source_tables: Tensor
+    source_lengths: Tensor
+
+
 class CacheView:
     """The cache as one step's batch sees it: the protocol ``models.cache.Cache``.
 
@@ -125,35 +149,82 @@ class CacheView:
     """
 
     def __init__(
-        self, cache: KVCache, rows: NDArray[np.int64], starts: Table, counts: Table, backend: str | None
+        self,
+        cache: KVCache,
+        rows: NDArray[np.int64],
+        starts: Table,
+        counts: Table,
+        backend: str | None,
     ) -> None:
         self.cache, self.backend = cache, backend
-        to_device = lambda array: torch.from_numpy(array).to(cache.device)  # noqa: E731
         ends = starts + counts
-        self.max_count = int(counts.max())
-        self.cu_seqlens = to_device(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
-        self.lengths = to_device(ends)
-        width = cache.blocks_for(int(ends.max()))
-        self.tables = to_device(cache.tables[rows, :width])
+        offsets = np.concatenate(([0], np.cumsum(counts)))
         positions = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
-        owners = np.repeat(rows, counts)
-        blocks = cache.tables[owners, positions // cache.block_size].astype(np.int64)
-        self.slots = to_device(blocks * cache.block_size + positions % cache.block_size)
-        self.positions = to_device(positions)
-        source_lengths = cache.source_lengths[rows]
-        self.source_lengths = to_device(source_lengths)
-        self.source_tables = to_device(cache.source_tables[rows, : cache.blocks_for(int(source_lengths.max()))])
+        blocks = cache.tables[np.repeat(rows, counts), positions // cache.block_size].astype(np.int64)
+        self.slots = self._tensor(blocks * cache.block_size + positions % cache.block_size)
+        self.positions = self._tensor(positions)
+        self.last_tokens = self._tensor(offsets[1:] - 1)
+        # Those that decode one token come first, newcomers with longer prompts last: a backend that pads would
+        # otherwise pad every one of the first to the longest of the last.
+        longer = np.flatnonzero(counts > 1)
+        cut = int(longer[0]) if len(longer) else 0
+        bounds = [b for b in ((0, cut), (cut, len(rows))) if b[0] < b[1]]
+        self.parts = [self._part(rows[a:b], ends[a:b], offsets[a : b + 1]) for a, b in bounds]
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         append_to_cache(k, v, k_cache, v_cache, self.slots)
-        return paged_attention(
-            q, k_cache, v_cache, self.tables, self.lengths, self.cu_seqlens, max_seqlen_q=self.max_count,
-            causal=True, softmax_scale=softmax_scale, backend=self.backend,
-        )  # fmt: skip
+        return self._attend(
+            q,
+            lambda part, queries: paged_attention(
+                queries,
+                k_cache,
+                v_cache,
+                part.tables,
+                part.lengths,
+                part.cu_seqlens,
+                max_seqlen_q=part.max_count,
+                causal=True,
+                softmax_scale=softmax_scale,
+                backend=self.backend,
+            ),
+        )
 
     def cross_attention(self, layer: int, q: Tensor, softmax_scale: float | None) -> Tensor:
-        return paged_attention(
-            q, self.cache.k[layer], self.cache.v[layer], self.source_tables, self.source_lengths, self.cu_seqlens,
-            max_seqlen_q=self.max_count, causal=False, softmax_scale=softmax_scale, backend=self.backend,
-        )  # fmt: skip
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        return self._attend(
+            q,
+            lambda part, queries: paged_attention(
+                queries,
+                k_cache,
+                v_cache,
+                part.source_tables,
+                part.source_lengths,
+                part.cu_seqlens,
+                max_seqlen_q=part.max_count,
+                causal=False,
+                softmax_scale=softmax_scale,
+                backend=self.backend,
+            ),
+        )
+
+    def _attend(self, q: Tensor, attend: Callable[[Part, Tensor], Tensor]) -> Tensor:
+        if len(self.parts) == 1:
+            return attend(self.parts[0], q)
+        return torch.cat([attend(part, q[part.tokens]) for part in self.parts])
+
+    def _part(self, rows: NDArray[np.int64], ends: Table, offsets: NDArray[np.int64]) -> Part:
+        source_lengths = self.cache.source_lengths[rows]
+        width, source_width = (self.cache.blocks_for(int(lengths.max())) for lengths in (ends, source_lengths))
+        return Part(
+            tokens=slice(int(offsets[0]), int(offsets[-1])),
+            cu_seqlens=self._tensor((offsets - offsets[0]).astype(np.int32)),
+            max_count=int(np.diff(offsets).max()),
+            tables=self._tensor(self.cache.tables[rows, :width]),
+            lengths=self._tensor(ends),
+            source_tables=self._tensor(self.cache.source_tables[rows, :source_width]),
+            source_lengths=self._tensor(source_lengths),
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.cache.device)

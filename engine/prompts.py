@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from engine.request import Request, Sequence
@@ -91,13 +93,21 @@ class PromptReader:
             raise ValueError(f"a prompt is a string, {FORMS}, got {prompt!r:.80}")
         return None, self.checked_ids(prompt["prompt_token_ids"], target)
 
+    def target_ids(self, target: str | SequenceOf[int]) -> list[int]:
+        """The token ids of a target given as text or as ids."""
+        if isinstance(target, str):
+            return self._text_and_ids(target, target=True)[1]
+        return self.checked_ids(target, target=True)
+
     def checked_ids(self, token_ids: Any, target: bool) -> list[int]:
         """``token_ids`` as a list of ints inside the vocabulary."""
         size = (self.config.target_vocab_size if target else self.config.vocab_size) or 0
-        ids = list(token_ids)
-        for token_id in ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < size:
-                raise ValueError(f"token id {token_id!r} is outside the vocabulary of {size}")
+        try:
+            ids = [operator.index(token_id) for token_id in token_ids]
+        except TypeError:
+            raise ValueError(f"token ids must be a list of integers, got {token_ids!r:.80}") from None
+        if outside := [token_id for token_id in ids if not 0 <= token_id < size]:
+            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {size}")
         return ids
 
 

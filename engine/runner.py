@@ -33,6 +33,7 @@ class Runner:
         packed = Lengths(
             cu_seqlens=self._tensor(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)),
             max_seqlen=int(lengths.max()),
+            backend=self.backend,
         )
         token_ids = self._tensor(np.concatenate([np.asarray(source, dtype=np.int64) for source in sources]))
         positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
@@ -54,9 +55,7 @@ class Runner:
     def next_token_logits(self, sequences: list[Sequence]) -> Tensor:
         """Float32 logits (sequences, vocab) on the CPU, for the token after each sequence."""
         hidden, view = self.decode(sequences)
-        if view.max_count > 1:
-            hidden = hidden[view.cu_seqlens[1:].long() - 1]
-        return self.model.logits(hidden).float().cpu()
+        return self.model.logits(hidden[view.last_tokens]).float().cpu()
 
     def target_logprobs(self, sequences: list[Sequence]) -> Tensor:
         """Float32 log-probabilities (tokens, vocab) of every next token along the sequences, packed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 MAX_SAMPLES = 16_384
 MAX_LOGPROBS = 128
 MAX_TOP_K = 2**31 - 1
+MAX_FLOAT = 3e38  # about float32's largest
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ class SamplingParams:
             _integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.stop is not None and not isinstance(self.stop, str | Sequence):
+            raise ValueError(f"stop must be a string or a list of them, got {self.stop!r}")
         if any(not isinstance(text, str) or not text for text in self.stop_strings):
             raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
+        if self.stop_token_ids is not None and not isinstance(self.stop_token_ids, Sequence):
+            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         for token_id in self.stop_token_ids or ():
             _integer("stop_token_ids", token_id, 0, None)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
@@ -71,7 +77,7 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop) if self.stop is not None else ()
 
     @property
     def has_penalties(self) -> bool:
@@ -79,11 +85,15 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not (low < value if open_low else low <= value) or value > high:  # type: ignore[operator]
-        start = f"({low}" if open_low else f"[{low}"
-        end = "infinity)" if high == math.inf else f"{high}]"
-        raise ValueError(f"{name} must be a number in {start}, {end}, got {value!r}")
+    start = f"({low}" if open_low else f"[{low}"
+    end = "infinity)" if high == math.inf else f"{high}]"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # As the sampler will see it: a number that float32 rounds to 0 or to infinity is out of range too.
+        single = ctypes.c_float(value).value if abs(value) < MAX_FLOAT else math.inf
+        above = single > low if open_low else single >= low
+        if math.isfinite(single) and above and value >= low and value <= high:
+            return
+    raise ValueError(f"{name} must be a number in {start}, {end}, got {value!r}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from engine.request import Sequence
 from kernels.sampling import SamplingBatch
 
@@ -16,17 +18,13 @@ class SamplingColumns:
 
     def batch(self, sequences: list[Sequence]) -> SamplingBatch:
         penalties = any(sequence.request.params.has_penalties for sequence in sequences)
-        same = len(sequences) == len(self._sequences) and all(map(_is, sequences, self._sequences))
+        same = len(sequences) == len(self._sequences) and all(map(operator.is_, sequences, self._sequences))
         if self._batch is None or penalties or not same:
             self._batch = _build(sequences, penalties)
             self._sequences = list(sequences)
         else:
             self._batch.position.add_(1)
         return self._batch
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _build(sequences: list[Sequence], penalties: bool) -> SamplingBatch:

@@ -10,25 +10,20 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import LLM, SamplingParams
-from models.checkpoint import CheckpointError
-from models.config import ConfigError
-from train.config import RunConfig, fail, parse
+from train.config import RunConfig, parse
 from train.data.corpora import Pair, load_pairs
 from train.distributed import Distributed, start
-from train.launch import run
+from train.launch import mistakes_in_one_line, run
 from train.metrics import exact_match, token_error_rate
 
 WORDS_SHOWN = 20
 
 
 def main(arguments: list[str]) -> None:
-    try:
+    with mistakes_in_one_line():
         config = parse(arguments)
-        own = start(config.training.device)
-        seconds = train(config, own)
+        seconds = train(config, start(config.training.device))
         report(config, seconds)
-    except (ConfigError, CheckpointError) as error:
-        fail(error)
 
 
 def train(config: RunConfig, own: Distributed) -> float:

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import LLM, SamplingParams
-from models.checkpoint import CheckpointError
 from models.config import ConfigError
-from train.config import fail, parse
+from train.config import parse
 from train.data import tasks
 from train.data.corpora import load_pairs
 from train.distributed import start
-from train.launch import run
+from train.launch import mistakes_in_one_line, run
 from train.metrics import exact_match
 
 NUM_LONGER = 1000
@@ -30,13 +29,11 @@ def main(names: list[str]) -> None:
         print(f"usage: python -m examples.toy_tasks [{'] ['.join(tasks.TASKS)}]\n\n{__doc__}")
         return
     results = Table("task", "epochs", "seconds", "unseen", "longer than trained")
-    try:
+    with mistakes_in_one_line():
+        if unknown := [name for name in names if name not in tasks.TASKS]:
+            raise ConfigError(f"unknown task {unknown[0]!r}: choose from {', '.join(tasks.TASKS)}")
         for name in names or list(tasks.TASKS):
-            if name not in tasks.TASKS:
-                raise ConfigError(f"unknown task {name!r}: choose from {', '.join(tasks.TASKS)}")
             results.add_row(*measure(name))
-    except (ConfigError, CheckpointError) as error:
-        fail(error)
     Console().print(results)
 
 

@@ -74,34 +74,14 @@ def paged_attention(
             causal=causal,
             softmax_scale=softmax_scale,
         )
-    lengths_q = cu_seqlens_q.diff()
-    single = lengths_q == 1
-    if max_seqlen_q == 1 or not single.any():
-        return _gathered(
-            q, k_cache, v_cache, block_table, cache_seqlens, lengths_q, max_seqlen_q, causal, softmax_scale
-        )
-    # A rectangle as wide as the longest prompt would waste most of its rows on sequences that decode one token.
-    out = torch.empty_like(q)
-    for group, widest in ((single, 1), (~single, max_seqlen_q)):
-        tokens = group.repeat_interleave(lengths_q)
-        out[tokens] = _gathered(
-            q[tokens], k_cache, v_cache, block_table[group], cache_seqlens[group], lengths_q[group], widest, causal,
-            softmax_scale,
-        )  # fmt: skip
-    return out
-
-
-def _gathered(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, lengths_q: Tensor,
-    max_seqlen_q: int, causal: bool, softmax_scale: float | None,
-) -> Tensor:  # fmt: skip
-    """SDPA reads rectangles: gathers each sequence's blocks side by side and masks what lies past its end."""
+    # SDPA reads rectangles: gather each sequence's blocks side by side and mask what lies past its end.
     table = block_table.long()
     k, v = k_cache[table].flatten(1, 2), v_cache[table].flatten(1, 2)
     keys = torch.arange(k.shape[1], device=q.device)
     mask = (keys[None, :] < cache_seqlens[:, None])[:, None, None]
     if max_seqlen_q == 1:
         return sdpa_masked(q.unsqueeze(1), k, v, mask, softmax_scale).squeeze(1)
+    lengths_q = cu_seqlens_q.diff()
     rows = torch.arange(max_seqlen_q, device=q.device)[None, :]
     if causal:
         last_key = rows + (cache_seqlens - lengths_q)[:, None]

@@ -26,8 +26,10 @@ class Lengths:
 
     Padded: (batch, seqlen, ...), with ``key_lengths`` (batch,) telling how many of each are real, or None for all.
     Packed: (tokens, ...), with ``cu_seqlens`` int32 (batch + 1,) and the longest length, ``max_seqlen``.
+    ``backend`` is the one attention over them is asked to run on, None for the best there is.
     """
 
     key_lengths: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
+    backend: str | None = None

@@ -35,8 +35,9 @@ class TransformerConfig:
         norm, norm_place, norm_eps: which norm, and before (pre) or after (post) each residual branch.
         positions: rotary inside self-attention, or sinusoidal or learned vectors added to the embeddings.
         rope_theta: the rotary base. max_seqlen: longest source, and longest target, the model accepts.
-        bias: whether linear layers have one. tie_embeddings: the head shares the target embedding's weight, and
-            without target_vocab_size source and target share one embedding.
+        bias: whether linear layers have one.
+        share_embeddings: source and target share one embedding; unless given, where target_vocab_size is not.
+        tie_embeddings: the head shares the target embedding's weight.
         scale_embedding: multiply embeddings by sqrt(dim); unless given, where sinusoidal positions are added to them,
             which would drown them otherwise.
         dropout: on embeddings and residual branches; attention_dropout: on attention weights.
@@ -60,6 +61,7 @@ class TransformerConfig:
     rope_theta: float = 10_000.0
     max_seqlen: int = 2048
     bias: bool = True
+    share_embeddings: bool | None = None
     tie_embeddings: bool = True
     scale_embedding: bool | None = None
     dropout: float = 0.0
@@ -74,6 +76,7 @@ class TransformerConfig:
         self._fill("head_dim", self.dim // max(self.heads, 1))
         self._fill("ffn_dim", 4 * self.dim)
         self._fill("encoder_depth", self.depth)
+        self._fill("share_embeddings", self.target_vocab_size is None)
         self._fill("target_vocab_size", self.vocab_size)
         self._fill("scale_embedding", self.positions == "sinusoidal")
         _check_values(self)
@@ -127,6 +130,11 @@ def _check_values(config: TransformerConfig) -> None:
     assert config.kv_heads is not None and config.head_dim is not None
     if config.heads % config.kv_heads:
         raise ConfigError(f"kv_heads {config.kv_heads} does not divide heads {config.heads}")
+    if config.share_embeddings and config.vocab_size != config.target_vocab_size:
+        raise ConfigError(
+            f"share_embeddings needs one vocabulary, got vocab_size {config.vocab_size} and target_vocab_size "
+            f"{config.target_vocab_size}"
+        )
     if config.positions == "rotary" and config.head_dim % 2:
         raise ConfigError(f"rotary positions need an even head_dim, got {config.head_dim}")
     if config.positions == "sinusoidal" and config.dim % 2:

@@ -133,6 +133,7 @@ class Attention(nn.Module):
             max_seqlen_q=lengths.max_seqlen,
             max_seqlen_k=lengths.max_seqlen,
             dropout_p=self.dropout if self.training else 0.0,
+            backend=lengths.backend,
         )
         assert isinstance(mixed, Tensor)
         return mixed

@@ -70,7 +70,6 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
-        self.text = ""
         self._settled_ids: list[int] = []  # whose text is settled, kept as context for the next decode
         self._pending_ids: list[int] = []
 
@@ -85,7 +84,6 @@ class TextStream:
         # One settled chunk is context enough for tokenizers that treat the first token of a text apart.
         if piece:
             self._settled_ids, self._pending_ids = self._pending_ids, []
-        self.text += piece
         return piece
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -93,10 +91,23 @@ class TextStream:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
+    """A tokenizer.json with our special tokens. Raises ConfigError for a file that is none, or has others."""
     try:
-        return Vocabulary.from_file(str(path))
+        vocabulary = Vocabulary.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception, for a missing file as for a broken one
         raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
+    for name, token_id in SPECIAL_TOKENS.items():
+        if vocabulary.token_to_id(name) != token_id:
+            raise ConfigError(f"the tokenizer {path} does not have {name} as token {token_id}, as models here need")
+    return _prepared(vocabulary)
+
+
+def _prepared(vocabulary: Vocabulary) -> Vocabulary:
+    # Text that happens to say "<eos>" must not end a sequence, and no file may cut or pad what it encodes.
+    vocabulary.encode_special_tokens = True
+    vocabulary.no_truncation()
+    vocabulary.no_padding()
+    return vocabulary
 
 
 def train_vocabulary(kind: TokenizerKind, texts: Iterable[str], vocab_size: int) -> Vocabulary:
@@ -122,7 +133,7 @@ def train_vocabulary(kind: TokenizerKind, texts: Iterable[str], vocab_size: int)
     entries = {unit: index for index, unit in enumerate([*special, *units])}
     vocabulary.model = models.WordLevel(entries, unk_token="<unk>")
     vocabulary.add_special_tokens(special)
-    return vocabulary
+    return _prepared(vocabulary)
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int, special: list[str]) -> Vocabulary:
@@ -136,4 +147,4 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, special: list[str]) -> Voc
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     vocabulary.train_from_iterator(texts, trainer)
-    return vocabulary
+    return _prepared(vocabulary)

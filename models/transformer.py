@@ -137,10 +137,9 @@ class EncoderDecoder(Transformer):
         self.config = config
         assert config.encoder_depth is not None and config.target_vocab_size is not None
         self.encoder = Stack(config, config.encoder_depth, config.vocab_size, causal=False, cross=False)
-        shared = config.tie_embeddings and config.target_vocab_size == config.vocab_size
         self.decoder = Stack(
             config, config.depth, config.target_vocab_size, causal=True, cross=True,
-            tokens=self.encoder.embedding.tokens if shared else None,
+            tokens=self.encoder.embedding.tokens if config.share_embeddings else None,
         )  # fmt: skip
         self._finish()
 

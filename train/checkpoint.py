@@ -64,7 +64,8 @@ class Checkpoints:
         if self.distributed.is_main:
             checkpoint.save(draft, model, tokenizer)
             save_file(_optimizer_tensors(optimizer), draft / "trainer" / "optimizer.safetensors")
-            progress = {"state": asdict(state), "scaler": scaler.state_dict()}
+            world_size = self.distributed.world_size
+            progress = {"state": asdict(state), "scaler": scaler.state_dict(), "world_size": world_size}
             (draft / "trainer" / "state.json").write_text(json.dumps(progress, indent=2) + "\n")
         self.distributed.barrier()
         if self.distributed.is_main:
@@ -83,15 +84,21 @@ class Checkpoints:
         """Loads everything ``save`` wrote. Raises CheckpointError for a folder that lacks or breaks a part of it."""
         checkpoint.load_weights(model, folder / checkpoint.WEIGHTS_FILE)
         progress = read_json(folder / "trainer" / "state.json")
+        if (world_size := progress.get("world_size")) not in (None, self.distributed.world_size):
+            raise CheckpointError(
+                f"{folder} was saved by {world_size} processes, and its place in the data means nothing to "
+                f"{self.distributed.world_size}: start as many"
+            )
         _restore_optimizer(optimizer, read_tensors(folder / "trainer" / "optimizer.safetensors"))
-        random = folder / "trainer" / f"rank-{self.distributed.rank}.safetensors"
-        if random.exists():  # a run that resumes on more ranks than it was saved by seeds the new ones afresh
-            _restore_random_state(read_tensors(random))
+        _restore_random_state(read_tensors(folder / "trainer" / f"rank-{self.distributed.rank}.safetensors"))
         try:
             scaler.load_state_dict(progress["scaler"])
-            return TrainState(**progress["state"])
+            state = TrainState(**progress["state"])
         except (KeyError, TypeError, RuntimeError):
             raise CheckpointError(f"{folder / 'trainer' / 'state.json'} does not describe a training state") from None
+        if folder.parent != self.folder.resolve():
+            state.best = None  # another run's best, perhaps by another metric, is not this one's to beat
+        return state
 
     def _remove_unlinked(self) -> None:
         kept = {os.readlink(self.folder / name) for name in ("last", "best") if (self.folder / name).is_symlink()}

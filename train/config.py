@@ -102,8 +102,8 @@ class RunConfig:
         assert self.training.name is not None
         return Path(self.training.output_dir) / self.training.name
 
-    def transformer(self, vocab_size: int, target_vocab_size: int) -> TransformerConfig:
-        """The model's config, given the vocabularies that the data led to."""
+    def transformer(self, vocab_size: int, target_vocab_size: int | None) -> TransformerConfig:
+        """The model's config, given the vocabularies that the data led to; None: the target shares the source's."""
         values = dataclasses.asdict(self.model)
         return TransformerConfig(**values, vocab_size=vocab_size, target_vocab_size=target_vocab_size)
 
@@ -115,15 +115,16 @@ def _check_training(training: TrainingSection) -> None:
     for name in ("batch_size", "accumulation", "num_epochs", "log_interval"):
         if getattr(training, name) < 1:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected at least 1")
-    for name in ("warmup_steps", "eval_interval", "eval_samples", "max_grad_norm", "weight_decay"):
+    for name in ("warmup_steps", "eval_interval", "eval_samples", "max_grad_norm", "weight_decay", "seed"):
         if getattr(training, name) < 0:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected 0 or more")
     if training.max_steps is not None and training.max_steps < 1:
         raise ConfigError(f"training.max_steps is {training.max_steps}: expected at least 1")
     if not training.learning_rate > 0:
         raise ConfigError(f"training.learning_rate is {training.learning_rate}: expected a positive number")
-    if not 0 <= training.label_smoothing < 1:
-        raise ConfigError(f"training.label_smoothing is {training.label_smoothing}: expected a number in [0, 1)")
+    for name in ("label_smoothing", "beta1", "beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            raise ConfigError(f"training.{name} is {getattr(training, name)}: expected a number in [0, 1)")
 
 
 def parse(arguments: list[str]) -> RunConfig:

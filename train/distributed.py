@@ -27,7 +27,7 @@ class Distributed:
         """The sums of each value over all ranks."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
@@ -37,16 +37,20 @@ class Distributed:
 
 
 def start(device: str) -> Distributed:
-    """Joins torchrun's process group (gloo on CPU, nccl on CUDA); alone, there is none to join."""
+    """Joins torchrun's process group (gloo on CPU, nccl for tensors on CUDA); alone, there is none to join."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
         raise ConfigError("training.device is cuda, but this machine has no CUDA device")
-    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"{local_rank + 1} processes were started for {torch.cuda.device_count()} CUDA devices")
+    own = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(own)
     if world_size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", device_id=own if use_cuda else None)
+        # gloo beside nccl: sums of plain numbers travel between hosts without making one wait for its device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", device_id=own if use_cuda else None)
     return Distributed(rank, world_size, own)
 
 

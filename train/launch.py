@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+from collections.abc import Iterator
 
 from models.checkpoint import CheckpointError
 from models.config import ConfigError
@@ -17,16 +20,23 @@ from train.trainer import DivergenceError, Trainer
 
 
 def main(arguments: list[str]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+    with mistakes_in_one_line():
         config = parse(arguments)
-        own = distributed.start(config.training.device)
-        try:
-            run(config, own)
-        finally:
-            distributed.finish()
-    except (ConfigError, CheckpointError, DivergenceError) as error:
+        run(config, distributed.start(config.training.device))
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Ends the program with one line and exit code 2 for what a user can mend; leaves the process group either way."""
+    logging.basicConfig(
+        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING, format="%(message)s"
+    )
+    try:
+        yield
+    except (ConfigError, CheckpointError, DivergenceError, OSError) as error:
         fail(error)
+    finally:
+        distributed.finish()
 
 
 def run(config: RunConfig, own: distributed.Distributed) -> None:
@@ -39,6 +49,8 @@ def run(config: RunConfig, own: distributed.Distributed) -> None:
         trainer.resume(start)
     reporter = Reporter(config.run_folder, trainer.state.step, trainer.total_steps, own.is_main)
     reporter.note(describe(trainer, start is not None))
+    if data.num_too_long:
+        reporter.note(f"{data.num_too_long} examples are longer than model.max_seqlen and left out")
     try:
         trainer.train(reporter)
     finally:

@@ -17,7 +17,7 @@ CONFIG_FILE = "config.yaml"
 # What may change between the parts of one run; anything else would make it another run.
 FREE_TRAINING_KEYS = {
     "num_epochs", "max_steps", "resume", "device", "eval_interval", "eval_samples", "log_interval", "output_dir",
-    "name", "activation_checkpointing", "compile", "best_metric",
+    "name", "activation_checkpointing", "compile",
 }  # fmt: skip
 FREE_DATA_KEYS = {"num_workers"}
 
@@ -41,8 +41,10 @@ def claim(config: RunConfig, distributed: Distributed) -> Path | None:
 
 
 def _start(config: RunConfig, distributed: Distributed) -> Path | None:
-    if config.training.resume in ("auto", "never"):
-        return Checkpoints(config.run_folder, distributed).last
+    """The run's own last checkpoint; for a run that has none yet, the one ``resume`` names."""
+    last = Checkpoints(config.run_folder, distributed).last if (config.run_folder / CONFIG_FILE).exists() else None
+    if last is not None or config.training.resume in ("auto", "never"):
+        return last
     path = Path(config.training.resume)
     if not (path / "trainer" / "state.json").is_file():
         raise ConfigError(f"training.resume: no checkpoint at {path} (expected auto, never or a checkpoint's path)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ class Trainer:
         self.options = config.training
         torch.manual_seed(self.options.seed)
         torch.set_flush_denormal(True)  # denormal gradients of small models cost a CPU tens of times a normal one
-        shape = config.transformer(data.tokenizer.vocab_size, data.tokenizer.target_vocab_size)
+        shared = data.tokenizer.target is data.tokenizer.source
+        shape = config.transformer(data.tokenizer.vocab_size, None if shared else data.tokenizer.target_vocab_size)
         self.model = build_model(shape).to(distributed.device)
         self.model.set_activation_checkpointing(self.options.activation_checkpointing)
         torch.manual_seed(self.options.seed + distributed.rank)  # same weights everywhere, dropout of one's own
@@ -130,12 +132,15 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Validation loss and, for pairs, exact match of the decoded output."""
         self.model.eval()
-        with self._autocast():
-            figures = {"val_loss": validation_loss(self.model, self.data, self.options.batch_size, self.distributed)}
-        if self.data.validation_pairs and self.options.eval_samples:
-            figures["exact_match"] = decoded_exact_match(
-                self.model, self.data, self.options.eval_samples, self.distributed
-            )
+        # The engine calls the blocks in shapes and with caches that training's compiled graphs do not fit.
+        with torch.compiler.set_stance("force_eager"):
+            with self._autocast():
+                size, budget = self.options.batch_size, self.config.data.max_tokens
+                figures = {"val_loss": validation_loss(self.model, self.data, size, budget, self.distributed)}
+            if self.data.validation_pairs and self.options.eval_samples:
+                figures["exact_match"] = decoded_exact_match(
+                    self.model, self.data, self.options.eval_samples, self.distributed
+                )
         return figures
 
     def _epochs(self) -> Iterator[Iterator[tuple[list[Batch], int, bool]]]:
@@ -155,7 +160,7 @@ class Trainer:
         indices = indices[: (count - self.state.update) * accumulation]
         compiled = self.options.compile != "none"
         stream = load_batches(
-            Collate(examples, COMPILED_LENGTH_MULTIPLE if compiled else 1), indices,
+            Collate(examples, COMPILED_LENGTH_MULTIPLE if compiled else 1, self.model.config.max_seqlen), indices,
             self.config.data.num_workers, pin_memory=self.distributed.device.type == "cuda",
         )  # fmt: skip
         for update in range(self.state.update, count):
@@ -178,6 +183,7 @@ class Trainer:
 
     def _evaluate_and_save(self, reporter: Reporter) -> None:
         figures = self.evaluate()
+        self._check_finite("validation loss", figures["val_loss"])
         reporter.evaluation(self.state.step, figures)
         metric = self.options.best_metric
         if metric not in figures:
@@ -195,13 +201,14 @@ class Trainer:
 
     def _log(self, reporter: Reporter, meter: Meter) -> None:
         figures = meter.read()
-        # An overflow under fp16 is the scaler's to handle; anywhere else it is the end.
-        if not self.scaler.is_enabled() and not torch.isfinite(torch.tensor(figures["loss"])):
-            raise DivergenceError(
-                f"the loss became {figures['loss']} by step {self.state.step}: lower training.learning_rate"
-            )
+        if not self.scaler.is_enabled():  # an overflow under fp16 is the scaler's to handle
+            self._check_finite("loss", figures["loss"])
         rate = self.optimizer.param_groups[0]["lr"]
         reporter.training(self.state.step, epoch=self.state.epoch, learning_rate=rate, **figures)
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DivergenceError(f"the {name} is {value} at step {self.state.step}: lower training.learning_rate")
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

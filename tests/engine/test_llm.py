@@ -118,8 +118,6 @@ def test_korean_and_emoji_stream_whole(kind: str) -> None:
     text = "안녕 세계 😀"
     params = SamplingParams(temperature=0, max_tokens=60)
     pieces = [delta.text for delta in scripted(text, kind).stream("a", params)]
-    if kind == "char":
-        text = text.replace("안녕 세계", "안녕 세계")
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -211,9 +209,10 @@ def test_from_model_shares_the_live_weights() -> None:
     [
         ({"prompt_token_ids": [5, 600]}, "token id 600"),
         ({"prompt_token_ids": [-1]}, "token id -1"),
-        ({"prompt_token_ids": ["a"]}, "token id 'a'"),
+        ({"prompt_token_ids": ["a"]}, "list of integers"),
         ({"tokens": [5]}, "a prompt is a string"),
-        (5, "a prompt is a string|not iterable"),
+        (5, "a prompt is a string"),
+        ({"prompt_token_ids": None}, "list of integers"),
         ({"prompt_token_ids": [5] * 65}, "max_model_len"),
         ("abc", "no tokenizer"),
     ],
@@ -235,7 +234,7 @@ def test_an_empty_prompt_of_a_language_model_is_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"max_num_seqs": 0}, {"max_model_len": 65}, {"kv_cache_memory_bytes": 1}, {"num_threads": 0}, {"device": "tpu"},
-     {"backend": "cuda"}, {"backend": "triton"}],
+     {"device": "mps"}, {"backend": "cuda"}, {"backend": "triton"}, {"quantization": None}],
 )  # fmt: skip
 def test_an_engine_that_cannot_be_is_a_sentence(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\w+ .*"):
@@ -249,7 +248,8 @@ def test_an_engine_that_cannot_be_is_a_sentence(options: dict[str, object]) -> N
     [("n", 0), ("n", 10**9), ("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.5),
      ("top_k", -2), ("min_p", 2), ("presence_penalty", 3), ("frequency_penalty", "a"), ("repetition_penalty", 0),
      ("max_tokens", 0), ("seed", 2**70), ("seed", 1.5), ("stop", [""]), ("stop_token_ids", [-1]), ("logprobs", 129),
-     ("ignore_eos", 1)],
+     ("ignore_eos", 1), ("temperature", 1e39), ("top_p", 1e-46), ("repetition_penalty", 1e-46), ("stop", 5),
+     ("stop_token_ids", 2)],
 )  # fmt: skip
 def test_a_wrong_parameter_is_a_value_error_that_names_it(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
@@ -259,3 +259,68 @@ def test_a_wrong_parameter_is_a_value_error_that_names_it(field: str, value: obj
 def test_a_stop_token_beyond_the_vocabulary_is_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="stop_token_ids"):
         llm.generate("abc", SamplingParams(stop_token_ids=[10**6]))
+
+
+def test_prompts_that_are_none_are_refused(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="prompts are a prompt or a list"):
+        llm.generate(5)  # type: ignore[arg-type]
+
+
+def test_a_stream_loses_nothing_when_another_call_runs_in_between(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    expected = llm.generate("abc", params, use_tqdm=False)[0].outputs[0]
+    stream = llm.stream("abc", params)
+    deltas = [next(stream)]
+    llm.generate("xyz", params, use_tqdm=False)
+    deltas += list(stream)
+    assert "".join(delta.text for delta in deltas) == expected.text
+    assert [token for delta in deltas for token in delta.token_ids] == expected.token_ids
+    assert deltas[-1].finish_reason == "length"
+
+
+def test_the_engine_survives_a_call_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "next_token_logits", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["abc", "xyz"], GREEDY, use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests()
+    assert llm.score(["abc"], ["12"])[0].total < 0
+    assert llm.generate("abc", GREEDY, use_tqdm=False)[0].finished
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_scoring_what_is_not_finite_leaves_nothing_behind(backend: str) -> None:
+    model = tiny_model("decoder_only", tie_embeddings=False)
+    with torch.no_grad():
+        model.decoder.embedding.tokens.weight[50] = float("nan")
+    llm = LLM.from_model(model, None, device="cpu", backend=backend)
+    before = llm.generate({"prompt_token_ids": [5]}, GREEDY, use_tqdm=False)[0].outputs[0]
+    llm.score([{"prompt_token_ids": [5]}], [[50] * 30])
+    assert llm.generate({"prompt_token_ids": [5]}, GREEDY, use_tqdm=False)[0].outputs[0] == before
+
+
+def test_an_idle_engine_steps_to_nothing(llm: LLM) -> None:
+    assert llm.engine.step() == []
+
+
+def test_the_backend_asked_for_runs_the_encoder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import kernels.attention
+
+    seen = []
+    plain = kernels.attention.reference.attention
+    packed = kernels.attention.reference.masked_attention
+    monkeypatch.setattr(kernels.attention.reference, "attention", lambda *a, **k: seen.append(1) or plain(*a, **k))
+    monkeypatch.setattr(
+        kernels.attention.reference, "masked_attention", lambda *a, **k: seen.append(1) or packed(*a, **k)
+    )
+    llm = LLM.from_model(tiny_model("encoder_decoder"), None, device="cpu", backend="reference")
+    llm.engine.runner.encoder_hidden([[5, 6, 7]])
+    assert seen
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokenizer"):
+        LLM(model_folder, tokenizer=tmp_path)

@@ -77,3 +77,25 @@ def test_what_cannot_be_a_vocabulary_is_a_sentence(tmp_path: Path) -> None:
         train_vocabulary("bpe", ["a"], 100)
     with pytest.raises(ConfigError, match="cannot read the tokenizer"):
         read_vocabulary(tmp_path / "none.json")
+
+
+def test_text_that_says_eos_is_only_text() -> None:
+    for kind in ("char", "bpe"):
+        tokenizer = Tokenizer(train_vocabulary(kind, ["a<eos>b<pad>"], 270))  # type: ignore[arg-type]
+        assert not set(tokenizer.encode("a<eos>b<pad>")) & {0, 1, 2, 3}
+
+
+def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Vocabulary
+    from tokenizers import models
+
+    Vocabulary(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>")).save(str(tmp_path / "other.json"))
+    with pytest.raises(ConfigError, match="<pad> as token 0"):
+        read_vocabulary(tmp_path / "other.json")
+
+
+def test_a_saved_truncation_does_not_cut_what_is_encoded(tmp_path: Path) -> None:
+    vocabulary = train_vocabulary("char", ["abcdef"], 0)
+    vocabulary.enable_truncation(2)
+    vocabulary.save(str(tmp_path / "cut.json"))
+    assert len(Tokenizer(read_vocabulary(tmp_path / "cut.json")).encode("abcdef")) == 6

@@ -203,6 +203,8 @@ def test_a_corrupt_checkpoint_is_not_resumed(part: str, tmp_path: Path, capsys: 
         (["training.resume=nowhere"], "no checkpoint at nowhere"),
         (["training.device=cuda"], "no CUDA device"),
         (["model.heads=7"], "heads"),
+        (["training.beta1=2"], "training.beta1"),
+        (["training.seed=-1"], "training.seed"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -243,3 +245,66 @@ def test_torchrun_trains_on_two_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
     assert (tmp_path / "two" / "checkpoints" / "last" / "trainer" / "rank-1.safetensors").exists()
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, *TOY, f"training.output_dir={tmp_path / 'file'}", "training.name=run")
+
+
+def test_examples_too_long_for_the_model_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("a" * n, "b") for n in range(1, 60)] + [(f"c{n}", "d") for n in range(20)]
+    (tmp_path / "pairs.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in rows))
+    launch(tmp_path, *SMALL, "data.task=pairs", f"data.file={tmp_path / 'pairs.tsv'}", "model.max_seqlen=32",
+           "training.num_epochs=1", "data.num_val_samples=40", "training.compile=none")  # fmt: skip
+    assert "27 examples are longer than model.max_seqlen" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_keeps_no_checkpoint_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TOY, "training.learning_rate=1e30", "training.warmup_steps=0", "training.max_grad_norm=0",
+                 "training.log_interval=100"]  # fmt: skip
+    assert "lower training.learning_rate" in refused(capsys, *arguments, f"training.output_dir={tmp_path}")
+    assert not list(tmp_path.glob("*/checkpoints/last"))
+
+
+def test_starting_from_another_runs_checkpoint_happens_once(tmp_path: Path) -> None:
+    first = launch(tmp_path / "first", *TOY)
+    start_from = f"training.resume={first / 'checkpoints' / 'step-8'}"
+    second = launch(tmp_path / "second", *TOY, "training.num_epochs=4", start_from)
+    weights = (second / "checkpoints" / "last" / "model.safetensors").read_bytes()
+    lines = (second / "metrics.jsonl").read_text()
+    assert '"step": 10' in lines
+    launch(tmp_path / "second", *TOY, "training.num_epochs=4", start_from)
+    assert (second / "checkpoints" / "last" / "model.safetensors").read_bytes() == weights
+    assert (second / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_is_not_resumed_by_another_number_of_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launch(tmp_path, *TOY)
+    state = run / "checkpoints" / "last" / "trainer" / "state.json"
+    state.write_text(state.read_text().replace('"world_size": 1', '"world_size": 2'))
+    error = refused(capsys, *TOY, "training.num_epochs=3", f"training.output_dir={tmp_path}", "training.name=run")
+    assert "saved by 2 processes" in error
+
+
+def test_two_vocabularies_of_one_size_share_no_embedding(tmp_path: Path) -> None:
+    run = launch(tmp_path, *TOY, "data.task=copy", "data.target_tokenizer=char", "training.max_steps=2")
+    model, tokenizer = load(run / "checkpoints" / "last")
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == tokenizer.target_vocab_size
+    assert model.config.share_embeddings is False
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_evaluating_does_not_use_up_a_compiled_blocks_graphs(tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    launch(tmp_path, *TOY, "training.compile=block", "training.eval_interval=2", "model.max_seqlen=12")
+    assert not [reason for reason in counters["graph_break"] if "recompile" in str(reason).lower()]
+    assert counters["stats"]["unique_graphs"] <= 8

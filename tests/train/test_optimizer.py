@@ -14,7 +14,7 @@ def test_every_schedule_warms_up_to_the_peak_and_never_exceeds_it(schedule: str)
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == pytest.approx(1.0)
     assert factors[9] == pytest.approx(1.0)
-    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors[10:]))
 
 
 def test_schedules_end_where_they_should() -> None:

@@ -6,9 +6,10 @@ The plan depends on nothing else, so a run resumes at any update by skipping to 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,27 +47,28 @@ class Batch:
     num_tokens: int  # source and target tokens, without padding: what throughput counts
 
     def to(self, device: torch.device) -> Batch:
-        if device.type == "cpu":
-            return self
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.source_ids), move(self.source_lengths), self.input_ids.to(device, non_blocking=True),
-                     self.labels.to(device, non_blocking=True), self.num_target_tokens, self.num_tokens)  # fmt: skip
+        return self if device.type == "cpu" else self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        pin = lambda t: None if t is None else t.pin_memory()  # noqa: E731
-        return Batch(pin(self.source_ids), pin(self.source_lengths), self.input_ids.pin_memory(),
-                     self.labels.pin_memory(), self.num_target_tokens, self.num_tokens)  # fmt: skip
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        moved: dict[str, Any] = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def silenced(self) -> Batch:
         """The same batch with nothing to learn: what a rank without work takes part with."""
-        return Batch(self.source_ids, self.source_lengths, self.input_ids, torch.full_like(self.labels, IGNORED), 0, 0)
+        return replace(self, labels=torch.full_like(self.labels, IGNORED), num_target_tokens=0, num_tokens=0)
 
 
 class Collate:
-    """Pads examples into a Batch, lengths rounded up to ``multiple``. Index -1 stands for a silenced batch."""
+    """Pads examples into a Batch, lengths rounded up to ``multiple`` within ``max_seqlen``.
 
-    def __init__(self, examples: Sequence[Example], multiple: int = 1) -> None:
-        self.examples, self.multiple = examples, multiple
+    Index -1 stands for a silenced batch.
+    """
+
+    def __init__(self, examples: Sequence[Example], multiple: int = 1, max_seqlen: int = sys.maxsize) -> None:
+        self.examples, self.multiple, self.max_seqlen = examples, multiple, max_seqlen
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         silent = indices[0] < 0
@@ -89,7 +91,7 @@ class Collate:
                      count, count + int(lengths.sum()))  # fmt: skip
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
-        width = -(-max(map(len, rows)) // self.multiple) * self.multiple
+        width = min(-(-max(map(len, rows)) // self.multiple) * self.multiple, self.max_seqlen)
         return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
@@ -127,6 +129,12 @@ def _cut(chunk: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int, 
             start, wider = i, lengths[i]
         widest = wider
     return [*batches, chunk[start:]]
+
+
+def plan_validation(lengths: NDArray[np.int64], batch_size: int, max_tokens: int | None = None) -> Plan:
+    """Batches of all examples by length, of the size that training's have."""
+    order = np.lexsort((lengths[:, 1], lengths[:, 0]))
+    return _cut(order, lengths[order], batch_size, max_tokens)
 
 
 def updates_in(plan: Plan, batches_per_update: int) -> int:

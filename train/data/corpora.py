@@ -78,8 +78,11 @@ def load_pairs(data: DataSection, seed: int) -> Corpus:
     if data.task == "g2p":
         return _pronunciations(data)
     train, validation = tasks.generate(data.task, data.num_train_samples or 10_000, data.num_val_samples or 1_000, seed)
-    as_pairs = lambda examples: [Pair(source, (target,)) for source, target in examples]  # noqa: E731
-    return Corpus(as_pairs(train), as_pairs(validation), [])
+    return Corpus(_single(train), _single(validation), [])
+
+
+def _single(examples: list[tasks.Example]) -> list[Pair]:
+    return [Pair(source, (target,)) for source, target in examples]
 
 
 def load_text(data: DataSection) -> tuple[str, str]:
@@ -104,19 +107,24 @@ def _read(path: str) -> str:
 
 def _read_pairs(data: DataSection) -> Iterator[Pair]:
     if data.source_file and data.target_file:
-        sources, targets = (_read(path).split("\n") for path in (data.source_file, data.target_file))
+        sources, targets = (_lines(path) for path in (data.source_file, data.target_file))
         if len(sources) != len(targets):
             raise ConfigError(f"{data.source_file} has {len(sources)} lines, {data.target_file} {len(targets)}")
-        return (Pair(s, (t,)) for s, t in zip(sources, targets, strict=True) if s and t)
+        return (Pair(s, (t,)) for s, t in zip(sources, targets, strict=True))
     if not data.file:
         raise ConfigError("data.task pairs needs data.file, or data.source_file and data.target_file")
     parse = _json_line if data.file.endswith((".jsonl", ".json")) else _tab_line
-    lines = enumerate(_read(data.file).split("\n"), start=1)
+    lines = enumerate(_lines(data.file), start=1)
     return (parse(line, f"{data.file}, line {number}") for number, line in lines if line.strip())
 
 
+def _lines(path: str) -> list[str]:
+    """A file's lines; whether the last one ends in a newline makes no difference."""
+    return _read(path).removesuffix("\n").split("\n")
+
+
 def _tab_line(line: str, place: str) -> Pair:
-    columns = line.rstrip("\r").split("\t")
+    columns = line.split("\t")
     if len(columns) != 2:
         raise ConfigError(f"{place}: expected source and target with one tab between, found {len(columns)} columns")
     return Pair(columns[0], (columns[1],))
@@ -137,14 +145,16 @@ def _hold_out(pairs: list[Pair], data: DataSection, seed: int) -> Corpus:
     """Splits by source, so that a source with several targets falls on one side only."""
     by_source: dict[str, list[str]] = {}
     for source, references in pairs:
+        if not source or not all(references):
+            continue  # parallel corpora have empty lines where the other side was not translated
         by_source.setdefault(source, []).extend(references)
     if len(by_source) < 2:
         raise ConfigError(f"the data set holds {len(by_source)} distinct sources: at least 2 are needed")
     sources = list(by_source)
     random.Random(seed).shuffle(sources)
     held_out = min(data.num_val_samples or 1_000, max(1, len(sources) // 10))
-    as_pairs = lambda names: [Pair(name, tuple(dict.fromkeys(by_source[name]))) for name in names]  # noqa: E731
-    return Corpus(as_pairs(sources[held_out:][: data.num_train_samples]), as_pairs(sources[:held_out]), [])
+    unique = [Pair(source, tuple(dict.fromkeys(by_source[source]))) for source in sources]
+    return Corpus(unique[held_out:][: data.num_train_samples], unique[:held_out], [])
 
 
 def _pronunciations(data: DataSection) -> Corpus:

@@ -25,6 +25,7 @@ class PairData:
     validation: list[Example]
     validation_pairs: list[Pair]
     test_pairs: list[Pair]
+    num_too_long: int = 0  # pairs left out because a side is longer than the model takes
     lengths: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,6 +46,7 @@ class TextData:
     validation: list[Example]
     validation_pairs: list[Pair] = field(default_factory=list)
     test_pairs: list[Pair] = field(default_factory=list)
+    num_too_long: int = 0
 
     def epoch(self, seed: int, epoch: int, batch_size: int, max_tokens: int | None) -> tuple[Sequence[Example], Plan]:
         offset = int(np.random.default_rng([seed, epoch]).integers(self.context))
@@ -61,13 +63,16 @@ def load_data(data: DataSection, seed: int, max_seqlen: int, tokenizer: Tokenize
             raise ConfigError(f"data.context {data.context} is longer than model.max_seqlen {max_seqlen}")
         return _load_text(data, tokenizer)
     corpus = load_pairs(data, seed)
-    sources, targets = texts(corpus.train)
-    tokenizer = tokenizer or _tokenizer(data, sources, targets)
-    train = _examples(tokenizer, sources, targets, max_seqlen)
-    validation = _examples(tokenizer, *texts(corpus.validation), max_seqlen)
+    tokenizer = tokenizer or _tokenizer(data, *texts(corpus.train))
+    train, validation, test = (
+        _fitting(tokenizer, pairs, max_seqlen) for pairs in (corpus.train, corpus.validation, corpus.test)
+    )
     if not train or not validation:
         raise ConfigError("the data set is empty once examples beyond model.max_seqlen are left out")
-    return PairData(tokenizer, train, validation, corpus.validation, corpus.test)
+    return PairData(
+        tokenizer, _examples(tokenizer, train), _examples(tokenizer, validation), validation, test,
+        num_too_long=len(corpus.train) + len(corpus.validation) - len(train) - len(validation),
+    )  # fmt: skip
 
 
 def windows(token_ids: NDArray[np.int64], context: int) -> list[Example]:
@@ -78,8 +83,9 @@ def windows(token_ids: NDArray[np.int64], context: int) -> list[Example]:
 
 def _load_text(data: DataSection, tokenizer: Tokenizer | None) -> TextData:
     train, validation = load_text(data)
-    # A character that only the validation text has must not be unknown: the alphabet is the whole text's.
-    tokenizer = tokenizer or Tokenizer(_vocabulary(data.tokenizer, [train, validation], data.vocab_size))
+    # A character that only the validation text has must not be unknown; what bpe merges is for training to say.
+    seen = [train, validation] if data.tokenizer == "char" else [train]
+    tokenizer = tokenizer or Tokenizer(_vocabulary(data.tokenizer, seen, data.vocab_size))
     train_ids, validation_ids = (np.array(tokenizer.encode(text), dtype=np.int64) for text in (train, validation))
     if len(train_ids) <= data.context or len(validation_ids) <= data.context:
         raise ConfigError(f"{data.file} is too short for windows of data.context {data.context} tokens")
@@ -103,7 +109,17 @@ def _vocabulary(kind: str, texts: list[str], vocab_size: int) -> Vocabulary:
     return read_vocabulary(Path(kind))
 
 
-def _examples(tokenizer: Tokenizer, sources: list[str], targets: list[str], max_seqlen: int) -> list[Example]:
-    source_ids, target_ids = tokenizer.encode_batch(sources), tokenizer.encode_target_batch(targets)
-    pairs = map(Example, source_ids, target_ids)
-    return [pair for pair in pairs if len(pair.source or ()) <= max_seqlen and len(pair.target) < max_seqlen]
+def _fitting(tokenizer: Tokenizer, pairs: list[Pair], max_seqlen: int) -> list[Pair]:
+    """The pairs no side of which is longer than the model takes, the target's end token counted."""
+    sources = tokenizer.encode_batch([pair.source for pair in pairs])
+    kept = []
+    for pair, source in zip(pairs, sources, strict=True):
+        targets = tokenizer.encode_target_batch(pair.references)
+        if len(source) <= max_seqlen and max(map(len, targets)) < max_seqlen:
+            kept.append(pair)
+    return kept
+
+
+def _examples(tokenizer: Tokenizer, pairs: list[Pair]) -> list[Example]:
+    sources, targets = texts(pairs)
+    return [*map(Example, tokenizer.encode_batch(sources), tokenizer.encode_target_batch(targets))]

@@ -1,0 +1,98 @@
+"""How an engine is set up: ``EngineOptions``, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.backend import BACKENDS
+from models.config import TransformerConfig
+
+CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What ``LLM`` takes besides the model, its tokenizer, device and dtype. A wrong value is a ValueError naming it.
+
+    Attributes:
+        backend: of the kernels: auto, native, torch or reference.
+        max_num_seqs: most sequences decoded at once.
+        max_model_len: longest source, and longest prompt plus output; the model's own limit unless given.
+        max_num_batched_tokens: prompt tokens that may join a step (a single request may have more).
+        kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, 4 GiB at most.
+        block_size: tokens in a block of the cache.
+        num_threads: CPU threads, torch's own unless given. seed: of the requests that bring none.
+    """
+
+    backend: str = "auto"
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    block_size: int = 16
+    num_threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *BACKENDS):
+            raise ValueError(f"unknown backend {self.backend!r}: choose one of auto, {', '.join(BACKENDS)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("backend", "seed") or value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> EngineOptions:
+        """The options of keyword arguments. Raises ValueError for one there is not."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise ValueError(
+                f"LLM has no option {unknown[0]!r}: choose from tokenizer, device, dtype, {', '.join(known)}"
+            )
+        return cls(**options)
+
+    def model_length(self, config: TransformerConfig) -> int:
+        """The longest source, and the longest prompt plus output."""
+        if self.max_model_len is not None and self.max_model_len > config.max_seqlen:
+            raise ValueError(f"max_model_len {self.max_model_len} is beyond the model's {config.max_seqlen}")
+        return self.max_model_len or config.max_seqlen
+
+    def num_blocks(self, config: TransformerConfig, bytes_per_block: int) -> int:
+        """How many blocks the cache gets, for targets and, beside them, sources."""
+        a_sequence = -(-self.model_length(config) // self.block_size) * (2 if config.is_encoder_decoder else 1)
+        wanted = self.max_num_seqs * a_sequence * bytes_per_block
+        memory = self.kv_cache_memory_bytes or min(wanted, CACHE_LIMIT)
+        if memory < bytes_per_block:
+            raise ValueError(f"kv_cache_memory_bytes {memory} holds no block of {bytes_per_block} bytes")
+        return memory // bytes_per_block
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device. Raises ValueError for another, or for cuda where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name}, but this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto is float32 on a CPU and bfloat16 on CUDA. Raises ValueError for an unknown name."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
