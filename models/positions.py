@@ -9,17 +9,10 @@ from models.config import TransformerConfig
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin for ``rotate``, float32 (..., 1, head_dim / 2), for integer positions (...) (arXiv:2104.09864)."""
+    """cos and sin for ``kernels.rotary.rotate``, float32 (..., 1, head_dim / 2), for integer positions (...) (arXiv:2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.to(torch.float32)[..., None, None] * theta**-exponent
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (..., seqlen, heads, head_dim): element i of the first half pairs with element i of the second."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def sinusoids(max_seqlen: int, dim: int) -> Tensor:
