@@ -9,7 +9,7 @@ from models.config import TransformerConfig
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin for ``kernels.rotary.rotate``, float32 (..., 1, head_dim / 2), for integer positions (...) (arXiv:2104.09864)."""
+    """cos and sin for ``rotate``, float32 (..., 1, head_dim / 2), for integer positions (...) (arXiv:2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.to(torch.float32)[..., None, None] * theta**-exponent
     return angles.cos(), angles.sin()
