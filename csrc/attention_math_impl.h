@@ -9,38 +9,6 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = __FLT_MAX__;
 
-inline Vec select(Mask mask, Vec chosen, Vec otherwise) {
-#if defined(__AVX512F__)
-    return _mm512_mask_mov_ps(otherwise, mask, chosen);
-#else
-    return reinterpret_cast<Vec>((reinterpret_cast<Ints>(chosen) & mask) |
-                                 (reinterpret_cast<Ints>(otherwise) & ~mask));
-#endif
-}
-
-// e^x for x <= 0 or barely above (rounding of a probability near 1), 0 below -87, NaN for NaN: a NaN in a
-// query must reach its output. As exp_nonpositive in simd.h, but fused and with no promise of equal bits.
-inline Vec exp_or_nan(Vec x) {
-    const Vec lowest = splat(-87.0f);
-    // Rounds to n, and leaves n + 127, the exponent of 2^n, in the low bits.
-    const Vec shifted = multiply_add(larger(x, lowest), splat(1.44269504088896341f), splat(12583039.0f));
-    const Vec n = shifted - 12583039.0f;
-    const Vec y = larger(lowest, x);  // NaN stays NaN: the second operand wins
-    const Vec r = multiply_add(n, splat(2.12194440054690583e-4f), multiply_add(n, splat(-0.693359375f), y));
-    Vec p = multiply_add(r, splat(1.0f / 5040), splat(1.0f / 720));
-    p = multiply_add(p, r, splat(1.0f / 120));
-    p = multiply_add(p, r, splat(1.0f / 24));
-    p = multiply_add(p, r, splat(1.0f / 6));
-    p = multiply_add(p, r, splat(0.5f));
-    p = multiply_add(p * r, r, r) + 1.0f;
-    const Vec result = p * reinterpret_cast<Vec>(reinterpret_cast<Bits>(shifted) << 23);
-#if defined(__AVX512F__)
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), result);
-#else
-    return keep_where(~(x < lowest), result);
-#endif
-}
-
 // max + ln(sum), for a sum that is 0 (then -inf) or at least about 1. sum = 2^n m with m in [0.707, 1.414);
 // ln m is 2 artanh((m - 1) / (m + 1)), whose series is cut where it is below 2e-9.
 inline Vec log_sum_exp(Vec max, Vec sum) {

@@ -5,7 +5,7 @@
 // in order of depth, whatever the tile, so its bits do not depend on the size of the product.
 #pragma once
 
-#include "simd.h"
+#include "simd_math.h"
 
 namespace tandem {
 namespace {
@@ -17,16 +17,6 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kTileVecs = 2;
-
-inline Vec multiply_add(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-    return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
-    return _mm256_fmadd_ps(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
 
 // A row-major matrix, `stride` floats from row to row.
 struct Matrix {

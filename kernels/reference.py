@@ -89,6 +89,13 @@ def paged_attention(
     return out
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: see ``kernels.rotary.rotate``. cos and sin may be anything that broadcasts to half of x."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
 def sampling_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """What `kernels.sampling.sample` draws from: float64 (rows, vocab), 0 for tokens filtered out."""
     return torch.stack([_row_probabilities(row.double(), batch, i) for i, row in enumerate(logits)])

@@ -8,20 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.activation import gelu, gelu_new
 from kernels.attention import attention
 from kernels.linear import linear
+from kernels.rotary import rotate
 from models.cache import Cache, Lengths
 from models.config import TransformerConfig
-from models.positions import rotate
 
 Rotary = tuple[Tensor, Tensor]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": gelu,
+    "gelu_new": gelu_new,
     "silu": F.silu,
-    "geglu": F.gelu,
+    "geglu": gelu,
     "swiglu": F.silu,
 }
 GATED = {"geglu", "swiglu"}

@@ -15,13 +15,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (..., seqlen, heads, head_dim): element i of the first half pairs with element i of the second."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def sinusoids(max_seqlen: int, dim: int) -> Tensor:
     """The fixed position vectors of arXiv:1706.03762, float32 (max_seqlen, dim): sines first, then cosines."""
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim

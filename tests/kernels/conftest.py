@@ -1,0 +1,31 @@
+"""What the tests of several kernels share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+RunOnPath = Callable[[str, str], None]
+
+
+@pytest.fixture
+def run_on_path() -> RunOnPath:
+    """Runs a script in a process whose kernels use one CPU path, or skips where this CPU lacks it."""
+
+    def run(script: str, path: str) -> None:
+        result = subprocess.run(
+            [sys.executable, "-c", f"import torch\nimport kernels._C as _C\nassert _C.cpu_path == {path!r}\n{script}"],
+            env={**os.environ, "TANDEM_CPU": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "this CPU does not have it" in result.stderr:
+            pytest.skip(f"this CPU has no {path}")
+        assert result.returncode == 0, result.stderr
+
+    return run
