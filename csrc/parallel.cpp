@@ -1,5 +1,6 @@
-// OpenMP rather than threads of our own: torch's workers spin for a while after each of its loops, and a second set
-// of threads would have to share their cores. Loaded after torch, this module shares its OpenMP runtime.
+// OpenMP rather than threads of our own: torch's workers spin for a while after each of its loops, and a
+// second set of threads would have to share their cores. Loaded after torch, this module shares its OpenMP
+// runtime.
 #include "parallel.h"
 
 #include <pthread.h>

@@ -6,10 +6,10 @@
 #include <limits>
 
 #include "candidates.h"
+#include "parallel.h"
 #include "penalties.h"
 #include "philox.h"
 #include "row_kernels.h"
-#include "parallel.h"
 
 namespace tandem {
 namespace {
