@@ -181,8 +181,10 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, config: TransformerConfig) -> None:
-    """Normal weights of standard deviation 1/sqrt(fan_in), residual outputs shrunk by depth, zero biases."""
-    branches = 3 * config.depth if config.is_encoder_decoder else 2 * config.depth
+    """Normal weights of standard deviation 1/sqrt(fan_in), zero biases; a pre-norm stack's residual branches are
+    shrunk by the root of their number, so that their sum starts at unit size whatever the depth (GPT-2's rule)."""
+    assert config.encoder_depth is not None
+    decoder_branches = (3 if config.is_encoder_decoder else 2) * config.depth
     for name, parameter in module.named_parameters():
         if parameter.dim() < 2:
             if name.endswith("bias"):
@@ -191,5 +193,5 @@ def initialize(module: nn.Module, config: TransformerConfig) -> None:
         is_embedding = "tokens" in name or "positions" in name
         std = config.dim**-0.5 if is_embedding else parameter.shape[1] ** -0.5
         if name.endswith(("out.weight", "down.weight")) and config.norm_place == "pre":
-            std *= branches**-0.5
+            std *= (2 * config.encoder_depth if name.startswith("encoder.") else decoder_branches) ** -0.5
         torch.nn.init.normal_(parameter, std=std)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-import torch
 from torch import Tensor
 
 CHUNK_SECONDS = 0.002  # calls are timed in chunks of about this length
@@ -57,12 +56,6 @@ class ReadBandwidth:
 
     def bytes_per_second(self, timing: Timing) -> float:
         return self.buffer.nbytes / timing.median
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that torch's threads read from memory together."""
-    read = ReadBandwidth(torch.ones(READ_BYTES // 4))
-    return read.bytes_per_second(interleaved({"read": read}, seconds=0.3)["read"])
 
 
 def _calls_a_chunk(function: Callable[[], object]) -> int:
