@@ -18,13 +18,12 @@ from train.data.corpora import DataSection, Pair, load_pairs, load_text, texts
 
 @dataclass
 class PairData:
-    """Pairs as token ids. ``validation_pairs`` and ``test_pairs`` keep the text, for decoding and comparing."""
+    """Pairs as token ids. ``validation_pairs`` keep the text, for decoding and comparing."""
 
     tokenizer: Tokenizer
     train: list[Example]
     validation: list[Example]
     validation_pairs: list[Pair]
-    test_pairs: list[Pair]
     num_too_long: int = 0  # pairs left out because a side is longer than the model takes
     lengths: NDArray[np.int64] = field(init=False)
 
@@ -45,7 +44,6 @@ class TextData:
     context: int
     validation: list[Example]
     validation_pairs: list[Pair] = field(default_factory=list)
-    test_pairs: list[Pair] = field(default_factory=list)
     num_too_long: int = 0
 
     def epoch(self, seed: int, epoch: int, batch_size: int, max_tokens: int | None) -> tuple[Sequence[Example], Plan]:
@@ -64,15 +62,12 @@ def load_data(data: DataSection, seed: int, max_seqlen: int, tokenizer: Tokenize
         return _load_text(data, tokenizer)
     corpus = load_pairs(data, seed)
     tokenizer = tokenizer or _tokenizer(data, *texts(corpus.train))
-    train, validation, test = (
-        _fitting(tokenizer, pairs, max_seqlen) for pairs in (corpus.train, corpus.validation, corpus.test)
-    )
+    train_pairs, train = _encode(tokenizer, corpus.train, max_seqlen)
+    validation_pairs, validation = _encode(tokenizer, corpus.validation, max_seqlen)
     if not train or not validation:
         raise ConfigError("the data set is empty once examples beyond model.max_seqlen are left out")
-    return PairData(
-        tokenizer, _examples(tokenizer, train), _examples(tokenizer, validation), validation, test,
-        num_too_long=len(corpus.train) + len(corpus.validation) - len(train) - len(validation),
-    )  # fmt: skip
+    num_too_long = len(corpus.train) + len(corpus.validation) - len(train_pairs) - len(validation_pairs)
+    return PairData(tokenizer, train, validation, validation_pairs, num_too_long)
 
 
 def windows(token_ids: NDArray[np.int64], context: int) -> list[Example]:
@@ -109,17 +104,17 @@ def _vocabulary(kind: str, texts: list[str], vocab_size: int) -> Vocabulary:
     return read_vocabulary(Path(kind))
 
 
-def _fitting(tokenizer: Tokenizer, pairs: list[Pair], max_seqlen: int) -> list[Pair]:
-    """The pairs no side of which is longer than the model takes, the target's end token counted."""
-    sources = tokenizer.encode_batch([pair.source for pair in pairs])
-    kept = []
-    for pair, source in zip(pairs, sources, strict=True):
-        targets = tokenizer.encode_target_batch(pair.references)
-        if len(source) <= max_seqlen and max(map(len, targets)) < max_seqlen:
-            kept.append(pair)
-    return kept
-
-
-def _examples(tokenizer: Tokenizer, pairs: list[Pair]) -> list[Example]:
+def _encode(tokenizer: Tokenizer, pairs: list[Pair], max_seqlen: int) -> tuple[list[Pair], list[Example]]:
+    """The pairs no side of which is longer than the model takes, the end token counted, and their examples."""
     sources, targets = texts(pairs)
-    return [*map(Example, tokenizer.encode_batch(sources), tokenizer.encode_target_batch(targets))]
+    encoded = list(map(Example, tokenizer.encode_batch(sources), tokenizer.encode_target_batch(targets)))
+    kept: list[Pair] = []
+    examples: list[Example] = []
+    start = 0
+    for pair in pairs:
+        own = encoded[start : start + len(pair.references)]
+        start += len(own)
+        if all(len(e.source or ()) <= max_seqlen and len(e.target) < max_seqlen for e in own):
+            kept.append(pair)
+            examples += own
+    return kept, examples
