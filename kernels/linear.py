@@ -1,4 +1,4 @@
-"""x W^T + b. On a CPU, float32 products go through oneDNN where it beats the matrix library behind ``F.linear``."""
+"""x W^T + b. On a CPU, float32 training goes through oneDNN where it beats the matrix library behind ``F.linear``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from kernels import native_elementwise as native
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., out_features) for x (..., in_features), weight (out_features, in_features), bias (out_features,)."""
-    if not _prefers_onednn(x, weight):
-        return F.linear(x, weight, bias)
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and trained:
+    if torch.is_grad_enabled() and trained and _prefers_onednn(x, weight):
         return _OneDnnLinear.apply(x, weight, bias)
-    return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
-    # torch.compile has a lowering of its own for F.linear, and autocast has a dtype of its own to apply.
+    """Whether oneDNN takes this product of a training step.
+
+    It compiles a kernel for every new shape, some 10 ms each: training soon knows all its shapes, but an engine's steps
+    differ in their number of rows, so products without gradients stay with ``F.linear``. So do those under
+    torch.compile, which has a lowering of its own, and under autocast, which has a dtype to apply.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
