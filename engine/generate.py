@@ -59,9 +59,9 @@ def run(options: argparse.Namespace) -> None:
     """Does what the parsed options say. Raises ValueError or OSError for a user's mistake."""
     if (options.input is None) != (options.output is None):
         raise ValueError("--input and --output go together")
-    prompts = read_prompts(Path(options.input)) if options.input else []
+    prompts = read_prompts(Path(options.input)) if options.input else {}
     if options.output:
-        Path(options.output).touch()  # a folder that is not there should not wait for the last output
+        check_output(Path(options.output), Path(options.input))
     sampling_params(options, options.max_tokens)  # a wrong value should not wait for the model to load
     llm = LLM(options.model, device=options.device, dtype=options.dtype, num_threads=options.num_threads)
     if options.interactive:
@@ -71,9 +71,14 @@ def run(options: argparse.Namespace) -> None:
             except ValueError as error:
                 print(f"error: {error}")
     elif options.input:
-        params = [sampling_params(options, max_tokens(llm, prompt, options)) for prompt in prompts]
-        outputs = llm.generate(prompts, params)
-        write_outputs(Path(options.output), prompts, outputs)
+        for number, prompt in prompts.items():
+            try:
+                llm.check(prompt, sampling_params(options, max_tokens(llm, prompt, options)))
+            except ValueError as error:
+                raise ValueError(f"{options.input}, line {number}: {error}") from None
+        lines = list(prompts.values())
+        params = [sampling_params(options, max_tokens(llm, prompt, options)) for prompt in lines]
+        write_outputs(Path(options.output), lines, llm.generate(lines, params))
     else:
         show(llm, options.prompt, options)
 
@@ -102,7 +107,7 @@ def max_tokens(llm: LLM, prompt: str, options: argparse.Namespace) -> int:
     """--max-tokens, or what --max-length leaves once the decoder's prompt is counted."""
     if options.max_length is None:
         return options.max_tokens
-    used = 1 if llm.config.is_encoder_decoder or llm.tokenizer is None else len(llm.tokenizer.encode(prompt))
+    used = 1 if llm.config.is_encoder_decoder else llm.prompt_length(prompt)
     if options.max_length <= used:
         raise ValueError(f"--max-length {options.max_length} leaves no room after a prompt of {used} tokens")
     return options.max_length - used
@@ -118,24 +123,35 @@ def typed_lines() -> Iterator[str]:
             yield line
 
 
-def read_prompts(path: Path) -> list[str]:
+def check_output(path: Path, source: Path) -> None:
+    """Raises ValueError or OSError now for what would lose the results once they are there."""
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: expected a file")
+    if path.exists() and path.samefile(source):
+        raise ValueError("--input and --output are the same file")
+    path.open("a").close()
+
+
+def read_prompts(path: Path) -> dict[int, str]:
+    """The prompts of a file by line number, from 1; empty lines are passed over."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"no input file at {path}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
+    lines = {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
         raise ValueError(f"{path} is empty")
     if path.suffix != ".jsonl":
         return lines
-    return [_prompt_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return {number: _prompt_of(line, f"{path}, line {number}") for number, line in lines.items()}
 
 
 def _prompt_of(line: str, place: str) -> str:
     try:
         entry: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
     prompt = entry.get("prompt", entry.get("source")) if isinstance(entry, dict) else None
     if not isinstance(prompt, str):

@@ -126,7 +126,10 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     count = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+    try:
+        return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+    except MemoryError:
+        raise ValueError(f"no memory for a cache of {2 * count} bytes: lower kv_cache_memory_bytes") from None
 
 
 @dataclass(frozen=True)

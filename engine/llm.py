@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -46,10 +47,12 @@ class LLM:
         model: str | Path,
         *,
         tokenizer: str | Path | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         **options: Any,
     ) -> None:
+        if not isinstance(model, str | Path) or not isinstance(tokenizer, str | Path | None):
+            raise ValueError("model and tokenizer are folders; LLM.from_model takes a live model")
         checked, where = EngineOptions.of(options), resolve_device(device)
         module, own_tokenizer = checkpoint.load(model, where, resolve_dtype(dtype, where))
         if tokenizer is not None:
@@ -64,7 +67,7 @@ class LLM:
         model: DecoderOnly | EncoderDecoder,
         tokenizer: Tokenizer | None,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         **options: Any,
     ) -> LLM:
         """An engine around a live model, whose weights it shares, on the device they are on (auto, or its name).
@@ -99,6 +102,7 @@ class LLM:
         )  # fmt: skip
         self.reader = PromptReader(self.config, tokenizer, self.max_model_len)
         self._seeds = random.Random(options.seed)
+        self._lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
 
     def generate(self, prompts: Prompts, params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the prompts' order. For an encoder-decoder a prompt is the source.
@@ -111,8 +115,9 @@ class LLM:
         with self._queued(requests), Progress(disable=not use_tqdm, transient=True) as progress:
             task = progress.add_task("generating", total=total)
             while not all(request.finished for request in requests):
-                finished = sum(sequence.finish_reason is not None for sequence in self.engine.step())
-                progress.advance(task, finished)
+                self._step_for(requests)
+                done = sum(s.finish_reason is not None for request in requests for s in request.sequences)
+                progress.update(task, completed=done)
         return [_output(request) for request in requests]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
@@ -126,8 +131,7 @@ class LLM:
         with self._queued(requests):
             while unfinished:
                 # Another call on this engine may have carried these sequences on, or to their end, in between.
-                if any(sequence.finish_reason is None for _, sequence in unfinished):
-                    self.engine.step()
+                self._step_for(requests)
                 for i, sequence in unfinished:
                     characters, tokens = sent.get((i, sequence.index), (0, 0))
                     text, output_ids = released_text(sequence), sequence.output_ids
@@ -138,21 +142,31 @@ class LLM:
                     (i, s) for i, s in unfinished if s.finish_reason is None or not _sent_all(s, sent[i, s.index])
                 ]
 
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raises the ValueError that ``generate`` would."""
+        self.engine.scheduler.check(self._request(prompt, params))
+
+    def prompt_length(self, prompt: Prompt) -> int:
+        """How many tokens the decoder's prompt has, start token included."""
+        return len(self.reader.request("", prompt, SamplingParams(), seed=0).prompt_token_ids)
+
     def score(self, prompts: SequenceOf[Prompt], targets: SequenceOf[str | SequenceOf[int]]) -> list[ScoreOutput]:
         """The log-probability of each target after its prompt: of an encoder-decoder's whole output (the end token
         included), or of a decoder-only continuation (as given). Raises ValueError for what cannot be scored."""
-        if isinstance(prompts, str | Mapping) or isinstance(targets, str) or len(prompts) != len(targets):
+        lists = all(isinstance(given, list | tuple) for given in (prompts, targets))
+        if not lists or len(prompts) != len(targets):
             raise ValueError("score takes a list of prompts and a list of as many targets")
-        if self.engine.has_unfinished_requests():
-            raise ValueError("score needs an idle engine: let the stream in progress end, or close it")
         requests = [
             score_request(self.reader, self._next_id(), prompt, target)
             for prompt, target in zip(prompts, targets, strict=True)
         ]
         results: dict[str, ScoreOutput] = {}
-        with self._queued(requests):
-            while len(results) < len(requests):
-                results |= score_step(self.engine)
+        with self._lock:
+            if self.engine.has_unfinished_requests():
+                raise ValueError("score needs an idle engine: let what is in progress end, or close its stream")
+            with self._queued(requests):
+                while len(results) < len(requests):
+                    results |= score_step(self.engine)
         return [results[request.request_id] for request in requests]
 
     @contextlib.contextmanager
@@ -161,20 +175,29 @@ class LLM:
         for request in requests:
             self.engine.scheduler.check(request)
         try:
-            for request in requests:
-                self.engine.add_request(request)
+            with self._lock:
+                for request in requests:
+                    self.engine.add_request(request)
             yield
         finally:
-            for request in requests:
-                if not request.finished:
-                    self.engine.abort(request.request_id)
+            with self._lock:
+                for request in requests:
+                    if not request.finished:
+                        self.engine.abort(request.request_id)
+
+    def _step_for(self, requests: list[Request]) -> None:
+        """A step of the engine, unless another call's steps have finished these requests meanwhile."""
+        with self._lock:
+            if not all(request.finished for request in requests):
+                self.engine.step()
 
     def _requests(self, prompts: Prompts, params: Params) -> list[Request]:
         """Every prompt, read and checked; nothing is queued yet."""
         if not isinstance(prompts, str | Mapping | SequenceOf):
             raise ValueError(f"prompts are a prompt or a list of them, got {prompts!r:.80}")
         several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        each = params if isinstance(params, list | tuple) else [params or SamplingParams()] * len(several)
+        one = SamplingParams() if params is None else params
+        each = params if isinstance(params, list | tuple) else [one] * len(several)
         if len(each) != len(several):
             raise ValueError(f"{len(several)} prompts but {len(each)} params: give one for all, or one each")
         return [self._request(prompt, own) for prompt, own in zip(several, each, strict=True)]

@@ -11,6 +11,7 @@ import torch
 from kernels.backend import BACKENDS
 from models.config import TransformerConfig
 
+RANGES = {"num_threads": (1, 1024), "seed": (0, 2**63 - 1), "max_num_seqs": (1, 1 << 20)}
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,10 +44,11 @@ class EngineOptions:
             raise ValueError(f"unknown backend {self.backend!r}: choose one of auto, {', '.join(BACKENDS)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("backend", "seed") or value is None:
+            if field.name == "backend" or (value is None and field.default is None):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
+            low, high = RANGES.get(field.name, (1, 2**40))
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"{field.name} must be an integer from {low} to {high}, got {value!r}")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> EngineOptions:
@@ -74,23 +76,25 @@ class EngineOptions:
         return memory // bytes_per_block
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """auto, cpu or cuda as a device. Raises ValueError for another, or for cuda where there is none."""
+    name = str(device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda")
     try:
-        device = torch.device(name)
+        found = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}: choose auto, cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name}, but this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    return found
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """auto is float32 on a CPU and bfloat16 on CUDA. Raises ValueError for an unknown name."""
+    name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:

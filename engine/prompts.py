@@ -10,7 +10,7 @@ from typing import Any
 from engine.request import Request, Sequence
 from engine.sampling import SamplingParams
 from models.config import BOS_ID, EOS_ID, TransformerConfig
-from models.tokenizer import TextStream, Tokenizer
+from models.tokenizer import TextStream, Tokenizer, is_unicode
 
 Prompt = str | Mapping[str, Any]
 
@@ -87,6 +87,8 @@ class PromptReader:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer: give prompt_token_ids instead of text")
+            if not is_unicode(prompt):
+                raise ValueError(f"the prompt is not valid Unicode: {prompt!a:.80}")
             encode = self.tokenizer.encode_target if target else self.tokenizer.encode
             return prompt, encode(prompt)
         if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:

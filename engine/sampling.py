@@ -63,11 +63,11 @@ class SamplingParams:
             _integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.stop is not None and not isinstance(self.stop, str | Sequence):
+        if self.stop is not None and not isinstance(self.stop, str | list | tuple):
             raise ValueError(f"stop must be a string or a list of them, got {self.stop!r}")
         if any(not isinstance(text, str) or not text for text in self.stop_strings):
             raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
-        if self.stop_token_ids is not None and not isinstance(self.stop_token_ids, Sequence):
+        if self.stop_token_ids is not None and not isinstance(self.stop_token_ids, list | tuple):
             raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         for token_id in self.stop_token_ids or ():
             _integer("stop_token_ids", token_id, 0, None)

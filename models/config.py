@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 MODEL_TYPE = "tandem"
+LARGEST = 1 << 24  # of any size: well beyond every model there is, and a table of it still fits into memory
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 Architecture = Literal["encoder_decoder", "decoder_only"]
@@ -125,8 +126,8 @@ def _check_values(config: TransformerConfig) -> None:
     at_least_one = ("vocab_size", "target_vocab_size", "dim", "depth", "encoder_depth", "heads", "kv_heads", "head_dim",
                     "ffn_dim", "max_seqlen")  # fmt: skip
     for name in at_least_one:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}: expected at least 1")
+        if not 1 <= getattr(config, name) <= LARGEST:
+            raise ConfigError(f"{name} is {getattr(config, name)}: expected 1 to {LARGEST}")
     assert config.kv_heads is not None and config.head_dim is not None
     if config.heads % config.kv_heads:
         raise ConfigError(f"kv_heads {config.kv_heads} does not divide heads {config.heads}")

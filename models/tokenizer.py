@@ -62,6 +62,11 @@ class Tokenizer:
         return cls(read_vocabulary(folder / SOURCE_FILE), read_vocabulary(target) if target.exists() else None)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a string holds characters only, no half of a surrogate pair as broken input leaves behind."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class TextStream:
     """Turns a growing list of token ids into pieces of text that never end inside a character.
 

@@ -43,9 +43,12 @@ class Checkpoints:
 
     @property
     def last(self) -> Path | None:
-        """The newest complete checkpoint, if there is one."""
+        """The newest complete checkpoint, if there is one; the links may have been lost in copying."""
         link = self.folder / "last"
-        return link.resolve() if link.exists() else None
+        if link.exists():
+            return link.resolve()
+        complete = [path.parent.parent for path in self.folder.glob("step-*/trainer/state.json")]
+        return max(complete, key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
 
     def save(
         self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,

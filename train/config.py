@@ -95,6 +95,8 @@ class RunConfig:
         if self.model.architecture != default:
             raise ConfigError(f"data.task {self.data.task} needs model.architecture {default}")
         self.model.positions = self.model.positions or ("rotary" if is_text else "sinusoidal")
+        if self.training.best_metric == "exact_match" and (is_text or not self.training.eval_samples):
+            raise ConfigError("training.best_metric exact_match needs pairs of source and target, and eval_samples")
         _check_training(self.training)
 
     @property
@@ -118,6 +120,9 @@ def _check_training(training: TrainingSection) -> None:
     for name in ("warmup_steps", "eval_interval", "eval_samples", "max_grad_norm", "weight_decay", "seed"):
         if getattr(training, name) < 0:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected 0 or more")
+    for name, most in (("accumulation", 10_000), ("seed", 2**63 - 1), ("num_epochs", 10**9)):
+        if getattr(training, name) > most:
+            raise ConfigError(f"training.{name} is {getattr(training, name)}: expected at most {most}")
     if training.max_steps is not None and training.max_steps < 1:
         raise ConfigError(f"training.max_steps is {training.max_steps}: expected at least 1")
     if not training.learning_rate > 0:
@@ -138,6 +143,8 @@ def parse(arguments: list[str]) -> RunConfig:
     for name, section in {"model": ModelSection, "training": TrainingSection, "data": DataSection}.items():
         parser.add_class_arguments(section, name)
     files, rest = _split_config(arguments)
+    for file in files:
+        _check_sections(file)
     overrides = [re.sub(r"^(--)?(?=(model|training|data)\.\w+=)", "--", argument) for argument in rest]
     try:
         # --config first: jsonargparse lets a file undo an override that stands before it.
@@ -164,6 +171,19 @@ def _split_config(arguments: list[str]) -> tuple[list[str], list[str]]:
         if not Path(file).is_file():
             raise ConfigError(f"no config file at {file or '(nothing given)'}")
     return files, rest
+
+
+def _check_sections(file: str) -> None:
+    """Raises ConfigError unless the file is a mapping of sections, each a mapping."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file} is not YAML in UTF-8: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is empty or no mapping: expected the sections model, training and data")
+    for name, section in content.items():
+        if not isinstance(section, dict | None):
+            raise ConfigError(f"{file}: section {name} is {section!r:.40}, expected keys and values")
 
 
 def _one_line(error: Exception) -> str:

@@ -35,6 +35,8 @@ def mistakes_in_one_line() -> Iterator[None]:
         yield
     except (ConfigError, CheckpointError, DivergenceError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         distributed.finish()
 

@@ -103,8 +103,11 @@ def keep_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        # The line being written when the run was killed may be cut short, and it is past the checkpoint anyway.
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        try:
+            past = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError):
+            past = True  # cut short when the run was killed: past the checkpoint anyway
+        if past:
             break
         kept.append(line)
     path.write_text("".join(kept))

@@ -28,11 +28,12 @@ def claim(config: RunConfig, distributed: Distributed) -> Path | None:
     Raises ConfigError where the folder holds another run, or a run at all under ``resume=never``.
     """
     folder, resume = config.run_folder, config.training.resume
-    start = _start(config, distributed)
-    if (folder / CONFIG_FILE).exists():
+    last = Checkpoints(folder, distributed).last
+    if last is not None:  # without a checkpoint there is nothing to lose: a mistake does not use up its name
         if resume == "never":
             raise ConfigError(f"{folder} holds a run already: choose another training.name, or training.resume=auto")
         _refuse_differences(config, folder)
+    start = last or _named(resume)
     distributed.barrier()  # every rank has looked before the first one writes
     if distributed.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,12 +41,11 @@ def claim(config: RunConfig, distributed: Distributed) -> Path | None:
     return start
 
 
-def _start(config: RunConfig, distributed: Distributed) -> Path | None:
-    """The run's own last checkpoint; for a run that has none yet, the one ``resume`` names."""
-    last = Checkpoints(config.run_folder, distributed).last if (config.run_folder / CONFIG_FILE).exists() else None
-    if last is not None or config.training.resume in ("auto", "never"):
-        return last
-    path = Path(config.training.resume)
+def _named(resume: str) -> Path | None:
+    """The checkpoint that ``training.resume`` names, for a run that has none of its own."""
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume)
     if not (path / "trainer" / "state.json").is_file():
         raise ConfigError(f"training.resume: no checkpoint at {path} (expected auto, never or a checkpoint's path)")
     return path.resolve()

@@ -63,14 +63,33 @@ def test_interactive_answers_line_by_line(
         (["--model", "MODEL", "--prompt", "a", "--dtype", "int3"], "unknown dtype"),
         (["--model", "MODEL", "--prompt", "a", "--tempature", "1"], "unrecognized arguments"),
         (["--model", "MODEL"], "required"),
+        (["--model", "MODEL", "--input", "GOOD", "--output", "FOLDER"], "is a folder"),
+        (["--model", "MODEL", "--input", "GOOD", "--output", "GOOD"], "same file"),
+        (["--model", "MODEL", "--input", "LONG", "--output", "o.jsonl"], "line 3: "),
+        (["--model", "MODEL", "--input", "DEEP", "--output", "o.jsonl"], "line 2"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "broken.jsonl").write_text("{\n")
-    names = {"MODEL": model_folder, "EMPTY": tmp_path / "empty.txt", "BROKEN": tmp_path / "broken.jsonl"}
+    (tmp_path / "good.txt").write_text("abc\n")
+    (tmp_path / "long.txt").write_text("abc\n\n" + "a" * 100 + "\n")
+    (tmp_path / "deep.jsonl").write_text("\n" + "[" * 100_000 + "\n")
+    monkeypatch.chdir(tmp_path)
+    extra = {"GOOD": tmp_path / "good.txt", "FOLDER": tmp_path, "LONG": tmp_path / "long.txt"}
+    names = extra | {
+        "DEEP": tmp_path / "deep.jsonl",
+        "MODEL": model_folder,
+        "EMPTY": tmp_path / "empty.txt",
+        "BROKEN": tmp_path / "broken.jsonl",
+    }
     assert run(*[names.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

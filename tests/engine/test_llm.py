@@ -234,7 +234,8 @@ def test_an_empty_prompt_of_a_language_model_is_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"max_num_seqs": 0}, {"max_model_len": 65}, {"kv_cache_memory_bytes": 1}, {"num_threads": 0}, {"device": "tpu"},
-     {"device": "mps"}, {"backend": "cuda"}, {"backend": "triton"}, {"quantization": None}],
+     {"device": "mps"}, {"backend": "cuda"}, {"backend": "triton"}, {"quantization": None},
+     {"num_threads": 10**8}, {"seed": [1]}, {"kv_cache_memory_bytes": 10**18}],
 )  # fmt: skip
 def test_an_engine_that_cannot_be_is_a_sentence(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\w+ .*"):
@@ -324,3 +325,37 @@ def test_the_backend_asked_for_runs_the_encoder_too(monkeypatch: pytest.MonkeyPa
 def test_a_tokenizer_that_is_not_there_is_refused(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer"):
         LLM(model_folder, tokenizer=tmp_path)
+
+
+def test_threads_may_share_one_engine(llm: LLM) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    words = ["abc", "xyz 12", "q", "세계"]
+    expected = [output.outputs[0].token_ids for output in llm.generate(words, params, use_tqdm=False)]
+
+    def work(turn: int) -> list[list[int]]:
+        if turn % 2:
+            texts = {word: [t for d in llm.stream(word, params) for t in d.token_ids] for word in words}
+            return list(texts.values())
+        return [output.outputs[0].token_ids for output in llm.generate(words, params, use_tqdm=False)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(result == expected for result in pool.map(work, range(12)))
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", {"prompt": "\udfff"}])
+def test_text_that_is_not_unicode_is_refused(llm: LLM, prompt: str) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        llm.generate(prompt, GREEDY)
+
+
+def test_a_device_and_dtype_may_be_torchs_own(model_folder: Path) -> None:
+    llm = LLM(model_folder, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert llm.generate("abc", GREEDY, use_tqdm=False)[0].finished
+
+
+@pytest.mark.parametrize("given", [None, 5, {"a"}, "abc"])
+def test_score_takes_lists(llm: LLM, given: object) -> None:
+    with pytest.raises(ValueError, match="list of prompts"):
+        llm.score(given, given)  # type: ignore[arg-type]

@@ -44,6 +44,12 @@ def test_the_dictionary_is_split_by_word() -> None:
     assert len(phones) == 39
 
 
+def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
+    (tmp_path / "bom.tsv").write_bytes(b"\xef\xbb\xbfa\tb\nc\td\n")
+    corpus = load_pairs(DataSection(task="pairs", file=str(tmp_path / "bom.tsv")), seed=0)
+    assert {p.source for p in corpus.train + corpus.validation} == {"a", "c"}
+
+
 def write_pairs(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> DataSection:
     if kind == "files":
         (folder / "a").write_text("".join(f"{s}\n" for s, _ in pairs))

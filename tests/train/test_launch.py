@@ -308,3 +308,32 @@ def test_evaluating_does_not_use_up_a_compiled_blocks_graphs(tmp_path: Path) -> 
     launch(tmp_path, *TOY, "training.compile=block", "training.eval_interval=2", "model.max_seqlen=12")
     assert not [reason for reason in counters["graph_break"] if "recompile" in str(reason).lower()]
     assert counters["stats"]["unique_graphs"] <= 8
+
+
+def test_a_mistake_does_not_use_up_the_runs_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = [f"training.output_dir={tmp_path}", "training.name=run"]
+    refused(capsys, *TOY, "model.heads=3", *place)
+    refused(capsys, *TOY, "training.learning_rate=1e30", "training.warmup_steps=0", "training.max_grad_norm=0", *place)
+    assert (launch(tmp_path, *TOY) / "checkpoints" / "last").exists()
+
+
+def test_a_run_whose_links_were_lost_goes_on_from_its_newest_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launch(tmp_path, *TOY)
+    (run / "checkpoints" / "last").unlink()
+    launch(tmp_path, *TOY, "training.num_epochs=3")
+    assert "resumed at step 8" in capsys.readouterr().out
+    (run / "config.yaml").unlink()
+    place = [f"training.output_dir={tmp_path}", "training.name=run"]
+    assert "not a run's config" in refused(capsys, *TOY, "training.num_epochs=4", *place)
+
+
+@pytest.mark.parametrize("text", ["training: 5\n", "model: [1]\n", "", "- 1\n", "model: {dim: 32\n"])
+def test_a_file_that_is_no_mapping_of_sections_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert "bad.yaml" in refused(capsys, "--config", str(tmp_path / "bad.yaml"), "model.dim=32")
+    (tmp_path / "latin.yaml").write_bytes(b"# caf\xe9\nmodel: {dim: 32}\n")
+    assert "latin.yaml" in refused(capsys, "--config", str(tmp_path / "latin.yaml"))

@@ -27,6 +27,12 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parse(arguments)
+    if not 0 <= parsed.threads <= 1024:
+        raise ValueError(f"--threads must be from 0 (torch's own) to 1024, got {parsed.threads}")
+    if not 0 < parsed.seconds < 1e6:
+        raise ValueError(f"--seconds must be a positive number, got {parsed.seconds}")
+    if parsed.json:
+        parsed.json.open("a").close()  # a folder that is not there should not wait for the figures
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     operation = load(parsed.operation)

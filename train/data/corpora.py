@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from models.config import ConfigError
+from models.tokenizer import is_unicode
 from train.data import tasks
+
+MAX_WORKERS, MAX_VOCABULARY = 256, 10_000_000
 
 Task = Literal["reversal", "copy", "addition", "pairs", "text", "g2p"]
 
@@ -51,8 +54,10 @@ class DataSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} is {value}: expected at least 1")
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers is {self.num_workers}: expected 0 or more")
+        if not 0 <= self.num_workers <= MAX_WORKERS:
+            raise ConfigError(f"data.num_workers is {self.num_workers}: expected 0 to {MAX_WORKERS}")
+        if self.vocab_size > MAX_VOCABULARY:
+            raise ConfigError(f"data.vocab_size is {self.vocab_size}: expected at most {MAX_VOCABULARY}")
 
 
 class Pair(NamedTuple):
@@ -98,7 +103,7 @@ def load_text(data: DataSection) -> tuple[str, str]:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no data file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -134,10 +139,10 @@ def _json_line(line: str, place: str) -> Pair:
     try:
         entry = json.loads(line)
         source, target = entry["source"], entry["target"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{place}: expected a JSON object with the keys source and target") from None
-    if not isinstance(source, str) or not isinstance(target, str):
-        raise ConfigError(f"{place}: source and target must be strings")
+    if not isinstance(source, str) or not isinstance(target, str) or not is_unicode(source + target):
+        raise ConfigError(f"{place}: source and target must be strings of valid Unicode")
     return Pair(source, (target,))
 
 
