@@ -91,8 +91,8 @@ def test_every_way_to_train_learns_something(options: list[str], tmp_path: Path)
 def test_compiling_changes_the_loss_by_rounding_only(mode: str, tmp_path: Path) -> None:
     plain = launch(tmp_path / "plain", *TOY)
     compiled = launch(tmp_path / "compiled", *TOY, f"training.compile={mode}")
-    figures = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
-               for run in (plain, compiled)]  # fmt: skip
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (plain, compiled)]
+    figures = [[json.loads(line)["loss"] for line in each if '"loss"' in line] for each in lines]
     assert figures[0] == pytest.approx(figures[1], abs=1e-2)
 
 
