@@ -111,13 +111,13 @@ class LLM:
         prompt or parameter before anything runs.
         """
         requests = self._requests(prompts, params)
-        total = sum(len(request.sequences) for request in requests)
+        pending = _in_reverse(requests)
+        total = len(pending)
         with self._queued(requests), Progress(disable=not use_tqdm, transient=True) as progress:
             task = progress.add_task("generating", total=total)
-            while not all(request.finished for request in requests):
-                self._step_for(requests)
-                done = sum(s.finish_reason is not None for request in requests for s in request.sequences)
-                progress.update(task, completed=done)
+            while pending:
+                self._step_for(pending)
+                progress.update(task, completed=total - len(pending))
         return [_output(request) for request in requests]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
@@ -128,10 +128,11 @@ class LLM:
         requests = self._requests(prompts, params)
         sent: dict[tuple[int, int], tuple[int, int]] = {}
         unfinished = [(i, sequence) for i, request in enumerate(requests) for sequence in request.sequences]
+        pending = _in_reverse(requests)
         with self._queued(requests):
             while unfinished:
                 # Another call on this engine may have carried these sequences on, or to their end, in between.
-                self._step_for(requests)
+                self._step_for(pending)
                 for i, sequence in unfinished:
                     characters, tokens = sent.get((i, sequence.index), (0, 0))
                     text, output_ids = released_text(sequence), sequence.output_ids
@@ -185,10 +186,15 @@ class LLM:
                     if not request.finished:
                         self.engine.abort(request.request_id)
 
-    def _step_for(self, requests: list[Request]) -> None:
-        """A step of the engine, unless another call's steps have finished these requests meanwhile."""
+    def _step_for(self, pending: list[Sequence]) -> None:
+        """A step of the engine, unless another call's steps have finished these sequences meanwhile.
+
+        Takes finished ones off the end of ``pending``, so that all of a call's steps together look at each but once.
+        """
         with self._lock:
-            if not all(request.finished for request in requests):
+            while pending and pending[-1].finish_reason is not None:
+                pending.pop()
+            if pending:
                 self.engine.step()
 
     def _requests(self, prompts: Prompts, params: Params) -> list[Request]:
@@ -226,6 +232,11 @@ def _completion(sequence: Sequence) -> CompletionOutput:
         sequence.index, sequence.text, sequence.output_ids, sequence.cumulative_logprob if wanted else None,
         sequence.logprobs if wanted else None, sequence.finish_reason, sequence.stop_reason, sequence.error,
     )  # fmt: skip
+
+
+def _in_reverse(requests: list[Request]) -> list[Sequence]:
+    """All sequences of the requests, the last first: the first ones, which finish first, are at the end."""
+    return [sequence for request in reversed(requests) for sequence in reversed(request.sequences)]
 
 
 def _sent_all(sequence: Sequence, sent: tuple[int, int]) -> bool:
