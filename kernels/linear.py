@@ -67,7 +67,7 @@ def _transposes(rows: Tensor, x: Tensor) -> bool:
     At 2,048 rows, 1024 to 256 features, the whole backward pass gains a tenth; from 256 to 256 or 768 the
     transpose costs what the product gains, and from 256 to 1024 more.
     """
-    return native.BUILT and 4 * rows.shape[1] <= x.shape[-1]
+    return 4 * rows.shape[1] <= x.shape[-1]
 
 
 def _weight_and_bias_gradients(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

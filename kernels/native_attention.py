@@ -6,15 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch  # before _C: both must share one C++ runtime
+import torch
 from torch import Tensor
 
-try:
-    import kernels._C as _C
-except ModuleNotFoundError:  # attention has other backends; `make env` builds this one
-    MAX_HEAD_DIM = 0
-else:
-    MAX_HEAD_DIM = _C.max_head_dim
+from kernels.extension import _C
+
+MAX_HEAD_DIM = _C.max_head_dim
 
 Lengths = tuple[Tensor | None, Tensor | None, Tensor | None]  # cu_seqlens_q, cu_seqlens_k, key_lengths
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch  # before _C: both must share one C++ runtime
+import torch
 from torch import Tensor
 
-try:
-    import kernels._C as _C
-except ModuleNotFoundError:  # torch has a formula for each of these; `make env` builds this one
-    BUILT = False
-else:
-    BUILT = True
+from kernels.extension import _C
 
 
 def serves(x: Tensor) -> bool:
     """Whether the C++ takes this tensor. torch.compile and autocast have plans of their own."""
     return (
-        BUILT
-        and x.dtype is torch.float32
+        x.dtype is torch.float32
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 
-import torch  # before _C: both must share one C++ runtime
+import torch
 from torch import Tensor
 
-try:
-    import kernels._C as _C
-except ModuleNotFoundError as error:
-    raise ImportError("kernels._C is not built: run `make env` in the repository") from error
+from kernels.extension import _C
 
 Number = int | float
 Column = Number | Sequence[Number] | Tensor
