@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.attention_options import AttentionOptions
 from kernels.paged_attention import append_to_cache, paged_attention
 from models.config import TransformerConfig
 
@@ -174,7 +175,7 @@ class CacheView:
         bounds = [b for b in ((0, cut), (cut, len(rows))) if b[0] < b[1]]
         self.parts = [self._part(rows[a:b], ends[a:b], offsets[a : b + 1]) for a, b in bounds]
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         append_to_cache(k, v, k_cache, v_cache, self.slots)
         return self._attend(
@@ -188,12 +189,12 @@ class CacheView:
                 part.cu_seqlens,
                 max_seqlen_q=part.max_count,
                 causal=True,
-                softmax_scale=softmax_scale,
                 backend=self.backend,
+                **options,
             ),
         )
 
-    def cross_attention(self, layer: int, q: Tensor, softmax_scale: float | None) -> Tensor:
+    def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         return self._attend(
             q,
@@ -206,8 +207,8 @@ class CacheView:
                 part.cu_seqlens,
                 max_seqlen_q=part.max_count,
                 causal=False,
-                softmax_scale=softmax_scale,
                 backend=self.backend,
+                **options,
             ),
         )
 

@@ -7,15 +7,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.attention_options import AttentionOptions
+
 
 class Cache(Protocol):
     """One step's view of the cache: new tokens are packed, (tokens, heads, head_dim), in the order of the batch."""
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> Tensor:
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         """Appends k and v to ``layer``'s keys and values, then attends causally over all of each sequence's."""
         ...
 
-    def cross_attention(self, layer: int, q: Tensor, softmax_scale: float | None) -> Tensor:
+    def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
         """Attends over the source's keys and values, written once when the source was encoded."""
         ...
 

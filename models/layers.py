@@ -10,22 +10,23 @@ from torch.nn import functional as F
 
 from kernels.activation import gelu, gelu_new
 from kernels.attention import attention
+from kernels.attention_options import AttentionOptions
 from kernels.linear import linear
 from kernels.rotary import rotate
 from models.cache import Cache, Lengths
 from models.config import TransformerConfig
-
-Rotary = tuple[Tensor, Tensor]
+from models.positions import Positional, RelativePositions
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": gelu,
     "gelu_new": gelu_new,
     "silu": F.silu,
+    "reglu": F.relu,
     "geglu": gelu,
+    "geglu_new": gelu_new,
     "swiglu": F.silu,
 }
-GATED = {"geglu", "swiglu"}
 
 
 class Linear(nn.Linear):
@@ -35,8 +36,17 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm; what comes in as float32 to a smaller model leaves in the model's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+
 def make_norm(config: TransformerConfig) -> nn.Module:
-    kind = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
+    kind = nn.LayerNorm if config.norm == "layernorm" else RMSNorm
     return kind(config.dim, eps=config.norm_eps)
 
 
@@ -45,15 +55,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        assert config.ffn_dim is not None
+        assert config.ffn_dim is not None and config.ffn_bias is not None
         self.activation = ACTIVATIONS[config.activation]
-        self.gated = config.activation in GATED
+        self.gated = config.gated
         # gate and up are one product: their rows are stacked, gate first.
-        self.up = Linear(config.dim, config.ffn_dim * (2 if self.gated else 1), bias=config.bias)
-        self.down = Linear(config.ffn_dim, config.dim, bias=config.bias)
+        self.up = Linear(config.dim, config.ffn_dim * (2 if self.gated else 1), bias=config.ffn_bias)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
+        # The second layer of a float16 model may be float32: then so is all that could overflow before it.
+        hidden = self.up(x).to(self.down.weight.dtype)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             return self.down(self.activation(gate) * hidden)
@@ -69,17 +80,22 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int, *, causal: bool, cross: bool = False) -> None:
         super().__init__()
         assert config.head_dim is not None and config.kv_heads is not None
+        assert config.qkv_bias is not None and config.out_bias is not None
         self.layer, self.causal, self.cross = layer, causal, cross
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.dropout = config.attention_dropout
-        self.softmax_scale: float | None = None
         query_width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         if cross:
-            self.q = Linear(config.dim, query_width, bias=config.bias)
-            self.kv = Linear(config.dim, 2 * key_width, bias=config.bias)
+            self.q = Linear(config.dim, query_width, bias=config.qkv_bias)
+            self.kv = Linear(config.dim, 2 * key_width, bias=config.qkv_bias)
         else:
-            self.qkv = Linear(config.dim, query_width + 2 * key_width, bias=config.bias)
-        self.out = Linear(query_width, config.dim, bias=config.bias)
+            self.qkv = Linear(config.dim, query_width + 2 * key_width, bias=config.qkv_bias)
+        self.out = Linear(query_width, config.dim, bias=config.out_bias)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        own_table = config.positions == "relative" and config.relative_per_layer and not cross
+        self.relative_bias = RelativePositions(config, causal=causal) if own_table else None
+        self.options = attention_options(config, layer, cross=cross)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
@@ -87,13 +103,13 @@ class Attention(nn.Module):
     def keys_values(self, encoder_output: Tensor) -> tuple[Tensor, Tensor]:
         """The source's keys and values for cross-attention, each (..., kv_heads, head_dim)."""
         k, v = self._split(self.kv(encoder_output)).chunk(2, dim=-2)
-        return k, v
+        return k if self.k_norm is None else self.k_norm(k), v
 
     def forward(
         self,
         x: Tensor,
         *,
-        rotary: Rotary | None = None,
+        positional: Positional | None = None,
         encoder_output: Tensor | None = None,
         lengths: Lengths,
         cache: Cache | None = None,
@@ -101,33 +117,46 @@ class Attention(nn.Module):
         if self.cross:
             mixed = self._attend_to_source(self._split(self.q(x)), encoder_output, lengths, cache)
         else:
-            mixed = self._attend_to_self(self._split(self.qkv(x)), rotary, lengths, cache)
+            mixed = self._attend_to_self(self._split(self.qkv(x)), positional or Positional(), lengths, cache)
         return self.out(mixed.flatten(-2))
 
-    def _attend_to_self(self, qkv: Tensor, rotary: Rotary | None, lengths: Lengths, cache: Cache | None) -> Tensor:
+    def _attend_to_self(self, qkv: Tensor, positional: Positional, lengths: Lengths, cache: Cache | None) -> Tensor:
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
-        if rotary is not None:
-            qk = rotate(qk, *rotary)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.heads, self.kv_heads), dim=-2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        if positional.rotary is not None:
+            qk = rotate(qk, *positional.rotary)
         q, k = qk.split((self.heads, self.kv_heads), dim=-2)
+        options = self._with_bias(positional)
         if cache is not None:
-            return cache.self_attention(self.layer, q, k, v, self.softmax_scale)
-        return self._attend(q, k, v, lengths)
+            return cache.self_attention(self.layer, q, k, v, options)
+        return self._attend(q, k, v, lengths, options)
+
+    def _with_bias(self, positional: Positional) -> AttentionOptions:
+        options = self.options
+        bias = positional.relative_bias if self.relative_bias is None else self.relative_bias()
+        if bias is not None:
+            options = {**options, "relative_bias": bias}
+        if positional.alibi_slopes is not None:
+            options = {**options, "alibi_slopes": positional.alibi_slopes}
+        return options
 
     def _attend_to_source(
         self, q: Tensor, encoder_output: Tensor | None, lengths: Lengths, cache: Cache | None
     ) -> Tensor:
+        q = q if self.q_norm is None else self.q_norm(q)
         if cache is not None:
-            return cache.cross_attention(self.layer, q, self.softmax_scale)
+            return cache.cross_attention(self.layer, q, self.options)
         assert encoder_output is not None
-        return self._attend(q, *self.keys_values(encoder_output), lengths)
+        return self._attend(q, *self.keys_values(encoder_output), lengths, self.options)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AttentionOptions) -> Tensor:
         mixed = attention(
             q,
             k,
             v,
             causal=self.causal,
-            softmax_scale=self.softmax_scale,
             key_lengths=lengths.key_lengths,
             cu_seqlens_q=lengths.cu_seqlens,
             cu_seqlens_k=lengths.cu_seqlens,
@@ -135,9 +164,22 @@ class Attention(nn.Module):
             max_seqlen_k=lengths.max_seqlen,
             dropout_p=self.dropout if self.training else 0.0,
             backend=lengths.backend,
+            **options,
         )
         assert isinstance(mixed, Tensor)
         return mixed
+
+
+def attention_options(config: TransformerConfig, layer: int, *, cross: bool) -> AttentionOptions:
+    """What a layer's attention differs in from the plain one; the options that hold for every input."""
+    options: AttentionOptions = {}
+    if config.softmax_scale is not None:
+        options["softmax_scale"] = config.softmax_scale
+    if config.attention_softcap:
+        options["softcap"] = config.attention_softcap
+    if not cross and (window := config.window_of(layer)) is not None:
+        options["window"] = window
+    return options
 
 
 class Block(nn.Module):
@@ -145,43 +187,61 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int, *, causal: bool, cross: bool) -> None:
         super().__init__()
-        self.post_norm = config.norm_place == "post"
+        self.place, self.parallel = config.norm_place, config.parallel_residual
         self.attention = Attention(config, layer, causal=causal)
         self.attention_norm = make_norm(config)
         self.cross_attention = Attention(config, layer, causal=False, cross=True) if cross else None
         self.cross_attention_norm = make_norm(config) if cross else None
         self.ffn = FeedForward(config)
-        self.ffn_norm = make_norm(config)
+        self.ffn_norm = None if config.shared_norm else make_norm(config)
+        sandwich = config.norm_place == "sandwich"
+        self.attention_post_norm = make_norm(config) if sandwich else None
+        self.cross_attention_post_norm = make_norm(config) if sandwich and cross else None
+        self.ffn_post_norm = make_norm(config) if sandwich else None
         self.dropout = nn.Dropout(config.dropout)
-
-    def _residual(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.post_norm:
-            return norm(x + self.dropout(branch(x)))
-        return x + self.dropout(branch(norm(x)))
 
     def forward(
         self,
         x: Tensor,
         *,
-        rotary: Rotary | None,
+        positional: Positional,
         lengths: Lengths,
         encoder_output: Tensor | None = None,
         source_lengths: Lengths | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        x = self._residual(
-            x, self.attention_norm, lambda y: self.attention(y, rotary=rotary, lengths=lengths, cache=cache)
-        )
-        if self.cross_attention is not None:
-            attend, norm = self.cross_attention, self.cross_attention_norm
-            assert norm is not None
+        def attend(y: Tensor) -> Tensor:
+            return self.attention(y, positional=positional, lengths=lengths, cache=cache)
+
+        def attend_to_source(y: Tensor) -> Tensor:
+            assert self.cross_attention is not None
             around = source_lengths or Lengths()
-            x = self._residual(x, norm, lambda y: attend(y, encoder_output=encoder_output, lengths=around, cache=cache))
-        return self._residual(x, self.ffn_norm, self.ffn)
+            return self.cross_attention(y, encoder_output=encoder_output, lengths=around, cache=cache)
+
+        if self.parallel:
+            return self._parallel_branches(x, attend)
+        x = self._residual(x, "attention", attend)
+        if self.cross_attention is not None:
+            x = self._residual(x, "cross_attention", attend_to_source)
+        return self._residual(x, "ffn", self.ffn)
+
+    def _residual(self, x: Tensor, name: str, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        norm = getattr(self, f"{name}_norm")
+        if self.place == "post":
+            return norm(x + self.dropout(branch(x)))
+        y = branch(norm(x))
+        if self.place == "sandwich":
+            y = getattr(self, f"{name}_post_norm")(y)
+        return x + self.dropout(y)
+
+    def _parallel_branches(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        y = self.attention_norm(x)
+        z = y if self.ffn_norm is None else self.ffn_norm(x)
+        return x + self.dropout(attend(y)) + self.dropout(self.ffn(z))
 
 
 def initialize(module: nn.Module, config: TransformerConfig) -> None:
-    """Normal weights of standard deviation 1/sqrt(fan_in), zero biases; a pre-norm stack's residual branches are
+    """Normal weights of standard deviation 1/sqrt(fan_in), zero biases, relative ones too; a pre-norm stack's residual branches are
     shrunk by the root of their number, so that their sum starts at unit size whatever the depth (GPT-2's rule)."""
     assert config.encoder_depth is not None
     decoder_branches = (3 if config.is_encoder_decoder else 2) * config.depth
@@ -189,6 +249,9 @@ def initialize(module: nn.Module, config: TransformerConfig) -> None:
         if parameter.dim() < 2:
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            continue
+        if "relative_bias" in name:
+            nn.init.zeros_(parameter)
             continue
         is_embedding = "tokens" in name or "positions" in name
         std = config.dim**-0.5 if is_embedding else parameter.shape[1] ** -0.5

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.cache import Cache, Lengths
 from models.config import TransformerConfig
+from models.generation import GenerationConfig
 from models.layers import Block, Linear, initialize, make_norm
-from models.positions import Embedding, rotary_angles
+from models.positions import Constant, Embedding, Positional, RelativePositions, Rotary, alibi_slopes
 
 
 class Stack(nn.Module):
@@ -26,13 +27,15 @@ class Stack(nn.Module):
         tokens: nn.Embedding | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        assert config.head_dim is not None
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
-        self.rotary = config.positions == "rotary"
         self.embedding = Embedding(config, vocab_size, tokens)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.rotary = Rotary(config) if config.positions == "rotary" else None
+        one_table = config.positions == "relative" and not config.relative_per_layer
+        self.relative_bias = RelativePositions(config, causal=causal) if one_table else None
+        self.alibi = Constant(alibi_slopes(config.heads)) if config.positions == "alibi" else None
         self.blocks = nn.ModuleList(Block(config, layer, causal=causal, cross=cross) for layer in range(depth))
         # A post-norm block ends in its norm already.
-        self.norm = make_norm(config) if config.norm_place == "pre" else nn.Identity()
+        self.norm = make_norm(config) if config.norm_place != "post" else nn.Identity()
         self.activation_checkpointing = False
 
     def forward(
@@ -56,13 +59,22 @@ class Stack(nn.Module):
         if positions is None:
             positions = torch.arange(given.shape[1], device=given.device)
         x = self.embedding(token_ids, positions, inputs_embeds)
-        rotary = rotary_angles(positions, self.head_dim, self.rope_theta) if self.rotary else None
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        positional = self._positional(positions)
         for block in self.blocks:
             x = self._run(
-                block, x, rotary=rotary, lengths=lengths or Lengths(), encoder_output=encoder_output,
+                block, x, positional=positional, lengths=lengths or Lengths(), encoder_output=encoder_output,
                 source_lengths=source_lengths, cache=cache,
             )  # fmt: skip
         return self.norm(x)
+
+    def _positional(self, positions: Tensor) -> Positional:
+        return Positional(
+            rotary=None if self.rotary is None else self.rotary(positions),
+            relative_bias=None if self.relative_bias is None else self.relative_bias(),
+            alibi_slopes=None if self.alibi is None else self.alibi.values,
+        )
 
     def _run(self, block: nn.Module, x: Tensor, **options: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
@@ -74,19 +86,26 @@ class Transformer(nn.Module):
     """What both models share: a causal decoder and the head that turns its hidden states into logits."""
 
     config: TransformerConfig
+    generation: GenerationConfig
     decoder: Stack
 
     def _finish(self) -> None:
         config = self.config
         assert config.target_vocab_size is not None
-        self.lm_head = Linear(config.dim, config.target_vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.target_vocab_size, bias=config.head_bias)
+        self.generation = GenerationConfig()
         initialize(self, config)
         if config.tie_embeddings:
             self.lm_head.weight = self.decoder.embedding.tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., target_vocab_size) for the decoder's hidden states (..., dim)."""
-        return self.lm_head(hidden)
+        if self.config.output_scale != 1:
+            hidden = hidden * self.config.output_scale
+        logits = self.lm_head(hidden)
+        if cap := self.config.logits_softcap:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def decode(self, token_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Hidden states (tokens, dim) of packed new tokens, whose earlier ones ``cache`` holds."""

@@ -1,0 +1,181 @@
+"""What a family of checkpoints is: how its config.json and its weights' names read in our terms."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from models.config import LARGEST, ConfigError, RopeScaling, TransformerConfig
+
+T = TypeVar("T")
+Values = Mapping[str, Any]  # of config.json
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "silu": "silu",
+    "swish": "silu",
+}
+GATED = {"relu": "reglu", "gelu": "geglu", "gelu_new": "geglu_new", "silu": "swiglu"}
+UNLIMITED = LARGEST  # the max_seqlen of a model whose positions have no end
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors comes from.
+
+    Attributes:
+        names: of their tensors, whose rows are stacked. Each may be several names for one tied tensor, joined by "|".
+        convert: changes each of theirs, given the model's config, before its rows are stacked.
+    """
+
+    names: tuple[str, ...]
+    convert: Callable[[Tensor, TransformerConfig], Tensor] | None = None
+
+
+Entry = str | tuple[str, ...] | Source
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of checkpoints, as data: it has no forward pass of its own.
+
+    Attributes:
+        config: from config.json and the names of the file's tensors to ours. Raises ConfigError for what we lack.
+        weights: for a config of ours, by the name of our module (or parameter) theirs: a name, several to stack, or a
+            ``Source``. ``{i}`` stands for a layer's number.
+        prefix: of their names, which files may lack. ignored: patterns of names that hold nothing to load.
+    """
+
+    config: Callable[[Values, Collection[str]], TransformerConfig]
+    weights: Callable[[TransformerConfig], Mapping[str, Entry]]
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+
+    def is_ignored(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def source_of(parameter: str, weights: Mapping[str, Entry]) -> Source:
+    """Where the tensor of our ``parameter`` comes from. Raises KeyError for one that ``weights`` does not name."""
+    layer = re.search(r"\.(\d+)\.", parameter)
+    pattern = parameter if layer is None else parameter.replace(layer[0], ".{i}.", 1)
+    module, _, kind = pattern.rpartition(".")
+    exact = pattern in weights
+    entry = weights[pattern if exact else module]
+    source = entry if isinstance(entry, Source) else Source((entry,) if isinstance(entry, str) else entry)
+    number = "" if layer is None else layer[1]
+    names = (name if exact else "|".join(f"{alias}.{kind}" for alias in name.split("|")) for name in source.names)
+    return Source(tuple(name.replace("{i}", number) for name in names), source.convert)
+
+
+def transpose(x: Tensor, config: TransformerConfig) -> Tensor:
+    """GPT-2's layers keep (in, out) where ours keep (out, in); a bias has but one side."""
+    return x.t()
+
+
+def plus_one(x: Tensor, config: TransformerConfig) -> Tensor:
+    """Gemma stores what its norms' weights differ from one by."""
+    return (x.float() + 1).to(x.dtype)
+
+
+def one_row(x: Tensor, config: TransformerConfig) -> Tensor:
+    """BART's bias of the logits has a batch dimension."""
+    return x.flatten()
+
+
+def need(values: Values, name: str, kind: type[T]) -> T:
+    """A key that config.json must have. Raises ConfigError, naming it."""
+    if name not in values:
+        raise ConfigError(f"config.json lacks {name!r}")
+    value = values[name]
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ConfigError(f"{name} in config.json is {value!r}: expected {kind.__name__}")
+    return value
+
+
+def optional(values: Values, name: str, default: Any) -> Any:
+    """A key that config.json may lack or hold null for."""
+    value = values.get(name)
+    return default if value is None else value
+
+
+def refuse_unless(values: Values, name: str, expected: object) -> None:
+    """Raises ConfigError for an option of theirs that we do not have: only ``expected``, or its absence, is fine."""
+    if name in values and values[name] not in (expected, None):
+        raise ConfigError(f"{name} {values[name]!r} is not supported: expected {expected!r}")
+
+
+def activation(values: Values, name: str, default: str, *, gated: bool = False) -> str:
+    """Our name for an activation function of theirs, of a gated feed-forward where asked."""
+    theirs = optional(values, name, default)
+    if theirs not in ACTIVATIONS:
+        raise ConfigError(f"{name} {theirs!r} is not supported: choose from {', '.join(sorted(ACTIVATIONS))}")
+    return GATED[ACTIVATIONS[theirs]] if gated else ACTIVATIONS[theirs]
+
+
+def rope(values: Values, *, fraction: float = 1.0, base: str = "rope_theta", part: str = "partial_rotary_factor",
+         theta: float = 10_000.0) -> dict[str, Any]:  # fmt: skip
+    """Our rotary options, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+
+    ``base`` and ``part`` are the older keys of the base and of the fraction that is rotated.
+    """
+    given = {**optional(values, "rope_scaling", {}), **optional(values, "rope_parameters", {})}
+    if any(isinstance(value, dict) for value in given.values()):
+        raise ConfigError("rope_parameters that differ from layer to layer are not supported")
+    return {
+        "positions": "rotary",
+        "rope_theta": float(optional(given, "rope_theta", optional(values, base, theta))),
+        "rope_fraction": float(optional(given, "partial_rotary_factor", optional(values, part, fraction))),
+        "rope_scaling": rope_scaling(given, optional(values, "max_position_embeddings", 2048)),
+    }
+
+
+def rope_scaling(given: Values, max_seqlen: int) -> RopeScaling | None:
+    kind = optional(given, "rope_type", optional(given, "type", "default"))
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"rope_type {kind!r} is not supported: choose from {', '.join(ROPE_TYPES)}")
+    if kind == "default":
+        return None
+    factor = need(given, "factor", object)
+    if not isinstance(factor, int | float):
+        raise ConfigError(f"factor of rope_type {kind} is {factor!r}: expected a number")
+    ours = {"original_max_seqlen": optional(given, "original_max_position_embeddings", max_seqlen)}
+    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "truncate")}
+    ours |= {name: given[name] for name in names.get(kind, ()) if given.get(name) is not None}
+    if kind == "yarn":
+        ours["attention_factor"] = _yarn_attention_factor(given, factor)
+    return RopeScaling(kind, float(factor), **ours)
+
+
+def _yarn_attention_factor(given: Values, factor: float) -> float:
+    def of(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
+
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return of(given["mscale"]) / of(given["mscale_all_dim"])
+    return of(1)
+
+
+def windows(values: Values, depth: int, default_layers: Collection[int]) -> dict[str, Any]:
+    """Our window options: their ``sliding_window``, in the layers that ``layer_types`` says, or the default ones."""
+    window = values.get("sliding_window")
+    if (types := values.get("layer_types")) is not None:
+        if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
+            raise ConfigError(f"layer_types holds {unknown[0]!r}: expected sliding_attention or full_attention")
+        default_layers = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+    layers = [i for i in default_layers if i < depth]
+    if window is None or not layers:
+        return {}
+    return {"window": window, "window_layers": None if len(layers) == depth else layers}
