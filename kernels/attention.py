@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import native_attention, reference
+from kernels.attention_options import RelativeBias, ScoreOptions, score_options
 from kernels.backend import choose
 
 AVAILABLE = ("torch", "reference")
@@ -25,6 +26,10 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     key_lengths: Tensor | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
@@ -40,6 +45,13 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each packed sequence begins, from 0 to tokens.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; needed when packed.
         key_lengths: int (batch,), how many of the padded keys are real.
+        window: a query at key position p = i + seqlen_k - seqlen_q sees keys j with |j - p| < window (Mistral,
+            arXiv:2310.06825).
+        softcap: after the scale a score becomes softcap * tanh(score / softcap); 0 for none (Gemma 2,
+            arXiv:2408.00118).
+        alibi_slopes: float32 (heads,), without gradient: a score is lowered by slope * |j - p| (ALiBi,
+            arXiv:2108.12409).
+        relative_bias: a learned bias a head and distance j - p (T5, arXiv:1910.10683), with gradient.
         dropout_p: drops attention weights; the caller passes 0 outside training.
         return_lse: also return the scores' log-sum-exp, float32: (batch, heads, seqlen_q) or packed
             (heads, tokens_q).
@@ -55,17 +67,25 @@ def attention(
     if packed and key_lengths is not None:
         raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
     _check(q, k, v, packed, key_lengths)
-    native = dropout_p == 0 and native_attention.serves(q, k, v)
+    options = score_options(q.shape[-2], window, softcap, alibi_slopes, relative_bias)
+    native = dropout_p == 0 and options is None and native_attention.serves(q, k, v)
     name = choose("attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
     if name == "native":
         lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
         return native_attention.attention(q, k, v, lengths, causal, softmax_scale, return_lse)
     if not packed:
         if name == "torch" and not return_lse:
-            return _sdpa(q, k, v, causal, softmax_scale, key_lengths, dropout_p)
+            return _sdpa(q, k, v, causal, softmax_scale, key_lengths, options, dropout_p)
         # SDPA has no log-sum-exp to return, so whoever wants it gets the plain formula.
         out, lse = reference.attention(
-            q, k, v, causal=causal, softmax_scale=softmax_scale, key_lengths=key_lengths, dropout_p=dropout_p
+            q,
+            k,
+            v,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            key_lengths=key_lengths,
+            options=options,
+            dropout_p=dropout_p,
         )
         return (out, lse) if return_lse else out
     assert cu_seqlens_q is not None
@@ -73,8 +93,8 @@ def attention(
     assert max_seqlen_q is not None
     assert max_seqlen_k is not None
     packed_out, packed_lse = _packed(
-        q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        want_lse=return_lse or name == "reference",
+        q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options,
+        dropout_p, want_lse=return_lse or name == "reference",
     )  # fmt: skip
     if not return_lse:
         return packed_out
@@ -105,9 +125,14 @@ def _sdpa(
     causal: bool,
     softmax_scale: float | None,
     key_lengths: Tensor | None,
+    options: ScoreOptions | None,
     dropout_p: float,
 ) -> Tensor:
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if options is not None:
+        mask = reference.attention_mask(seqlen_q, seqlen_k, causal=causal, key_lengths=key_lengths, device=q.device)
+        distance = reference.distances(seqlen_q, seqlen_k, device=q.device)
+        return sdpa_with_options(q, k, v, mask, distance, options, softmax_scale, dropout_p)
     # SDPA's own causal mask is aligned top-left, so it serves square scores only; one query sees every key.
     square = causal and seqlen_q == seqlen_k and key_lengths is None
     mask = None
@@ -143,6 +168,28 @@ def sdpa_masked(
     ).transpose(1, 2)
 
 
+def sdpa_with_options(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    distance: Tensor | None,
+    options: ScoreOptions | None,
+    softmax_scale: float | None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Window and biases are a mask to SDPA; it cannot cap scores, so that takes the plain formula."""
+    if options is None:
+        return sdpa_masked(q, k, v, mask, softmax_scale, dropout_p)
+    assert distance is not None
+    if options.softcap:
+        return reference.masked_attention(q, k, v, mask, softmax_scale, dropout_p, options, distance)[0]
+    mask, bias = options.narrow(mask, distance), options.bias(distance, q.dtype)
+    if bias is not None:
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    return sdpa_masked(q, k, v, mask, softmax_scale, dropout_p)
+
+
 def _packed(
     q: Tensor,
     k: Tensor,
@@ -153,6 +200,7 @@ def _packed(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    options: ScoreOptions | None,
     dropout_p: float,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -160,16 +208,18 @@ def _packed(
     lengths_q, lengths_k = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
     keys = torch.arange(max_seqlen_k, device=q.device)
     mask = (keys[None, :] < lengths_k[:, None])[:, None, None]
-    if causal:
+    distance = None
+    if causal or options is not None:
         rows = torch.arange(max_seqlen_q, device=q.device)[None, :] + (lengths_k - lengths_q)[:, None]
-        mask = mask & (keys[None, None, :] <= rows[:, :, None])[:, None]
+        distance = keys[None, None, :] - rows[:, :, None]
+        mask = mask & (distance <= 0)[:, None] if causal else mask
     real_q = torch.arange(max_seqlen_q, device=q.device)[None, :] < lengths_q[:, None]
     real_k = keys[None, :] < lengths_k[:, None]
-    padded_q, padded_k, padded_v = unpack(q, real_q), unpack(k, real_k), unpack(v, real_k)
+    padded = unpack(q, real_q), unpack(k, real_k), unpack(v, real_k)
     if want_lse:
-        out, lse = reference.masked_attention(padded_q, padded_k, padded_v, mask, softmax_scale, dropout_p)
+        out, lse = reference.masked_attention(*padded, mask, softmax_scale, dropout_p, options, distance)
         return out[real_q], lse.transpose(0, 1)[:, real_q]
-    return sdpa_masked(padded_q, padded_k, padded_v, mask, softmax_scale, dropout_p)[real_q], None
+    return sdpa_with_options(*padded, mask, distance, options, softmax_scale, dropout_p)[real_q], None
 
 
 def unpack(x: Tensor, real: Tensor) -> Tensor:

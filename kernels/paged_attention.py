@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels import native_attention, reference
-from kernels.attention import sdpa_masked, unpack
+from kernels.attention import sdpa_masked, sdpa_with_options, unpack
+from kernels.attention_options import RelativeBias, score_options
 from kernels.backend import choose
 
 AVAILABLE = ("torch", "reference")
@@ -36,6 +37,10 @@ def paged_attention(
     max_seqlen_q: int,
     causal: bool = True,
     softmax_scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of packed queries over each sequence's cached keys and values.
@@ -50,6 +55,7 @@ def paged_attention(
         cu_seqlens_q: int32 (batch + 1,), where each sequence's queries begin in q.
         max_seqlen_q: the most queries of one sequence.
         causal: aligned bottom-right, so the last query of a sequence sees all its keys.
+        window, softcap, alibi_slopes, relative_bias: as for ``kernels.attention.attention``.
         backend: ``native`` (C++, reads the blocks in place; float32 on a CPU, head_dim at most 256, no
             gradients), ``torch`` (gathers the blocks for SDPA) or ``reference``; chosen by
             ``kernels.backend`` unless given.
@@ -57,7 +63,10 @@ def paged_attention(
     Returns (tokens, heads, head_dim) in q's dtype. Raises ValueError when shapes contradict each other.
     """
     _check(q, k_cache, v_cache)
-    native = _wants_no_gradient(q, k_cache, v_cache) and native_attention.serves(q, k_cache, v_cache)
+    options = score_options(q.shape[1], window, softcap, alibi_slopes, relative_bias)
+    native = (
+        options is None and _wants_no_gradient(q, k_cache, v_cache) and native_attention.serves(q, k_cache, v_cache)
+    )
     name = choose("paged_attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
     if name == "native":
         return native_attention.paged_attention(
@@ -73,21 +82,23 @@ def paged_attention(
             cu_seqlens_q,
             causal=causal,
             softmax_scale=softmax_scale,
+            options=options,
         )
     # SDPA reads rectangles: gather each sequence's blocks side by side and mask what lies past its end.
     table = block_table.long()
     k, v = k_cache[table].flatten(1, 2), v_cache[table].flatten(1, 2)
     keys = torch.arange(k.shape[1], device=q.device)
     mask = (keys[None, :] < cache_seqlens[:, None])[:, None, None]
-    if max_seqlen_q == 1:
+    if max_seqlen_q == 1 and options is None:
         return sdpa_masked(q.unsqueeze(1), k, v, mask, softmax_scale).squeeze(1)
     lengths_q = cu_seqlens_q.diff()
     rows = torch.arange(max_seqlen_q, device=q.device)[None, :]
-    if causal:
-        last_key = rows + (cache_seqlens - lengths_q)[:, None]
-        mask = mask & (keys[None, None, :] <= last_key[:, :, None])[:, None]
     real = rows < lengths_q[:, None]
-    return sdpa_masked(unpack(q, real), k, v, mask, softmax_scale)[real]
+    distance = None
+    if causal or options is not None:
+        distance = keys[None, None, :] - (rows + (cache_seqlens - lengths_q)[:, None])[:, :, None]
+        mask = mask & (distance <= 0)[:, None] if causal else mask
+    return sdpa_with_options(unpack(q, real), k, v, mask, distance, options, softmax_scale)[real]
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kernels.attention_options import ScoreOptions
+
 if TYPE_CHECKING:
     from kernels.sampling import SamplingBatch
 
@@ -30,12 +32,26 @@ def attention_mask(
     return mask
 
 
+def distances(seqlen_q: int, seqlen_k: int, *, device: torch.device) -> Tensor:
+    """Key positions less query positions, aligned bottom-right: int64 (1, seqlen_q, seqlen_k)."""
+    rows = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
+    return (torch.arange(seqlen_k, device=device)[None, :] - rows)[None]
+
+
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax_scale: float | None, dropout_p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    softmax_scale: float | None,
+    dropout_p: float = 0.0,
+    options: ScoreOptions | None = None,
+    distance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v and the log-sum-exp of the scores; a query that sees no key gives zeros and -inf.
 
-    q is (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, kv_heads, head_dim), mask as ``attention_mask``.
+    q is (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, kv_heads, head_dim), mask as ``attention_mask``,
+    distance, needed with options, (batch or 1, seqlen_q, seqlen_k).
     Returns the output in q's shape and dtype, and lse as float32 (batch, heads, seqlen_q).
     """
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
@@ -45,12 +61,24 @@ def masked_attention(
     keys = k.transpose(1, 2).to(precision).repeat_interleave(groups, dim=1)
     values = v.transpose(1, 2).to(precision).repeat_interleave(groups, dim=1)
     scores = queries @ keys.transpose(-1, -2) * scale
+    if options is not None:
+        assert distance is not None
+        scores, mask = _shaped(scores, mask, options, distance)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1).nan_to_num(neginf=0.0)).exp()
     weights = torch.nn.functional.dropout(weights, dropout_p)
     return (weights @ values).transpose(1, 2).to(q.dtype), lse.float()
+
+
+def _shaped(
+    scores: Tensor, mask: Tensor | None, options: ScoreOptions, distance: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    if options.softcap:
+        scores = options.softcap * (scores / options.softcap).tanh()
+    bias = options.bias(distance, scores.dtype)
+    return scores if bias is None else scores + bias, options.narrow(mask, distance)
 
 
 def attention(
@@ -61,11 +89,13 @@ def attention(
     causal: bool = False,
     softmax_scale: float | None = None,
     key_lengths: Tensor | None = None,
+    options: ScoreOptions | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over padded batches: see ``kernels.attention.attention``. Returns (output, lse)."""
     mask = attention_mask(q.shape[1], k.shape[1], causal=causal, key_lengths=key_lengths, device=q.device)
-    return masked_attention(q, k, v, mask, softmax_scale, dropout_p)
+    distance = None if options is None else distances(q.shape[1], k.shape[1], device=q.device)
+    return masked_attention(q, k, v, mask, softmax_scale, dropout_p, options, distance)
 
 
 def paged_attention(
@@ -78,6 +108,7 @@ def paged_attention(
     *,
     causal: bool = True,
     softmax_scale: float | None = None,
+    options: ScoreOptions | None = None,
 ) -> Tensor:
     """Attention over a paged cache, a sequence at a time: see ``kernels.paged_attention.paged_attention``."""
     out = torch.empty_like(q)
@@ -85,7 +116,8 @@ def paged_attention(
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         length = int(cache_seqlens[i])
         k, v = (c[block_table[i].long()].flatten(0, 1)[None, :length] for c in (k_cache, v_cache))
-        out[start:end] = attention(q[None, start:end], k, v, causal=causal, softmax_scale=softmax_scale)[0][0]
+        queries = q[None, start:end]
+        out[start:end] = attention(queries, k, v, causal=causal, softmax_scale=softmax_scale, options=options)[0][0]
     return out
 
 
