@@ -22,7 +22,7 @@ from engine.request import CompletionOutput, Delta, Request, RequestOutput, Scor
 from engine.sampling import SamplingParams
 from engine.score import score_request, score_step
 from models import checkpoint
-from models.checkpoint import CheckpointError
+from models.files import CheckpointError
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from models.checkpoint import CheckpointError, load
+from models.checkpoint import load
 from models.config import ConfigError, TransformerConfig
+from models.files import CheckpointError
 from models.transformer import DecoderOnly, EncoderDecoder, build_model
 
 __all__ = [

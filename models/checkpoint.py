@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,14 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.config import ConfigError, TransformerConfig
+from models.files import CheckpointError, read_json
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder, build_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; its message is one sentence that names the file."""
 
 
 def save(folder: Path, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None) -> None:
@@ -74,18 +70,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return values
 
 
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:

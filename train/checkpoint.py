@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models import checkpoint
-from models.checkpoint import CheckpointError, read_json, read_tensors
+from models.checkpoint import read_tensors
+from models.files import CheckpointError, read_json
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
 from train.distributed import Distributed

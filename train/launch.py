@@ -8,8 +8,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-from models.checkpoint import CheckpointError
 from models.config import ConfigError
+from models.files import CheckpointError
 from models.tokenizer import Tokenizer
 from train import distributed
 from train.config import RunConfig, fail, parse

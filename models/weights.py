@@ -1,0 +1,184 @@
+"""The weight files of a checkpoint folder as one lazy mapping from name to tensor, read without copying the file."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.files import CheckpointError, read_json
+
+SAFETENSORS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+WEIGHT_FILES = tuple(name + suffix for name in (SAFETENSORS_FILE, TORCH_FILE) for suffix in ("", INDEX_SUFFIX))
+ZIP_MAGIC = b"PK\x03\x04"
+
+
+class Weights(Protocol):
+    """The tensors of a checkpoint by the names its files give them. Reading an unknown name is a KeyError."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU, in the dtype it is stored in; a view of the file where it can be, not to be written.
+
+        Raises CheckpointError for a file that broke since it was opened.
+        """
+        ...
+
+
+def open_weights(folder: Path) -> Weights:
+    """The weights of a folder: ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards with an index.
+
+    Where both kinds are there, safetensors is read. Raises CheckpointError for files that are missing or broken.
+    """
+    path = find_weights(folder)
+    if path.name.startswith(TORCH_FILE):
+        warnings.warn(
+            f"{path} is a pickle, which loads slower than safetensors: `python -m tools.convert --to safetensors` "
+            "makes this warning go away",
+            stacklevel=2,
+        )
+    open_file = TorchFile if path.name.startswith(TORCH_FILE) else SafetensorsFile
+    return ShardedWeights(path, open_file) if path.name.endswith(INDEX_SUFFIX) else open_file(path)
+
+
+def find_weights(folder: Path) -> Path:
+    """The weight file, or index of shards, that a folder is read from."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder} has no weights: looked for {', '.join(WEIGHT_FILES)}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder, all of which are there."""
+    path = find_weights(folder)
+    return [folder / shard for shard in _listed_shards(path)] if path.name.endswith(INDEX_SUFFIX) else [path]
+
+
+class SafetensorsFile:
+    """A file of the safetensors format.
+
+    Every read maps the file anew: a mapping lasts as long as its tensors, so pages that were copied from are let go
+    before the next tensor comes, and loading a model takes no more memory than the model and a tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        self.shape(name)  # a KeyError for the caller's mistake; what goes wrong below is the file's
+        with _safetensors_errors(self._path), safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+@contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt: {error}") from None
+
+
+class TorchFile:
+    """A file that torch.save wrote: tensors in a pickle, of which nothing but tensors is unpickled.
+
+    The file is mapped, whole and until the last tensor goes; only the format of before PyTorch 1.6 is read into memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in _unpickle(path).items()}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            mappable = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:  # a broken pickle raises anything, from struct.error to AttributeError
+        if isinstance(error, UnpicklingError) and "Unsupported " in str(error):
+            raise CheckpointError(f"{path} holds Python objects other than tensors, which are not unpickled") from None
+        raise CheckpointError(f"{path} is truncated or corrupt: {_first_line(error)}") from None
+    if not _is_state(content):
+        raise CheckpointError(f"{path} does not hold a dict of named tensors")
+    return content
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class ShardedWeights:
+    """The files that an index spreads a model's tensors over, each tensor read from the one it is listed under."""
+
+    def __init__(self, index: Path, open_file: Callable[[Path], Weights]) -> None:
+        self._shards: dict[str, Weights] = {}
+        for shard, names in _listed_shards(index).items():
+            weights = open_file(index.parent / shard)
+            if missing := sorted(set(names) - set(weights.names())):
+                raise CheckpointError(f"{index.parent / shard} lacks {missing[0]}, which {index.name} says it holds")
+            self._shards |= dict.fromkeys(names, weights)
+
+    def names(self) -> list[str]:
+        return list(self._shards)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shards[name].shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._shards[name].read(name)
+
+
+def _listed_shards(index: Path) -> dict[str, list[str]]:
+    """The names of tensors by shard, whose files are there and lie inside the index's folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
+    shards = defaultdict(list)
+    for name, shard in weight_map.items():
+        shards[shard].append(name)
+    for shard in shards:
+        # The name is what counts: the files of a Hub cache are links to blobs elsewhere.
+        if _leaves_folder(shard):
+            raise CheckpointError(f"{index} names the shard {shard!r}, which is outside its folder")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index} names the shard {shard!r}, which is missing")
+    return dict(shards)
+
+
+def _leaves_folder(name: str) -> bool:
+    return any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath))
