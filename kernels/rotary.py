@@ -15,8 +15,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x (..., seqlen, heads, head_dim): element i of the first half pairs with element i of the second.
 
     cos and sin are (seqlen, 1, head_dim / 2), of the tokens' angles and the same for every sequence; for packed x
-    (tokens, heads, head_dim) they are (tokens, 1, head_dim / 2). They get no gradient.
+    (tokens, heads, head_dim) they are (tokens, 1, head_dim / 2). They get no gradient. Where they are narrower, so is
+    what is rotated: the rest of each head stays as it is.
     """
+    rotated = 2 * cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
     if not (native.serves(x) and native.serves(cos) and native.serves(sin) and _fits(x, cos)):
         return reference.rotate(x, cos, sin)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -1,49 +1,75 @@
-"""Models on disk: a folder with config.json, model.safetensors and tokenizer.json."""
+"""Models on disk: our folders, those of Hugging Face's families, and GGUF files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.config import ConfigError, TransformerConfig
+from models.assembly import assemble
+from models.config import MODEL_TYPE, ConfigError, TransformerConfig
+from models.families import family_of
+from models.families.family import Family
 from models.files import CheckpointError, read_json
+from models.generation import GenerationConfig, read_generation
+from models.hub import resolve_folder
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder, build_model
+from models.weights import SAFETENSORS_FILE, Weights, open_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE = "config.json", "generation_config.json", SAFETENSORS_FILE
 
 
 def save(folder: Path, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None) -> None:
     """Writes the model into an existing folder; a weight that several names share is stored once."""
     (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    if model.generation != GenerationConfig():
+        (folder / GENERATION_FILE).write_text(json.dumps(model.generation.to_dict(), indent=2) + "\n")
     save_file(_unique_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
 def load(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[DecoderOnly | EncoderDecoder, Tokenizer | None]:
-    """The model, in evaluation mode, and its tokenizer (None where the folder has none).
+    """The model, in evaluation mode, and its tokenizer (None where there is none).
 
-    Raises CheckpointError, in one sentence, for a folder or file that is missing, broken or does not fit.
+    ``model`` is a folder, a GGUF file or the id of a repository on the Hub; ``dtype`` None keeps the file's.
+    Raises CheckpointError, in one sentence, for what is missing, broken or not supported.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"no model folder at {folder}")
+    path = resolve_folder(model)
     try:
-        config = TransformerConfig.from_dict(read_json(folder / CONFIG_FILE))
-        model = build_model(config)
-        load_weights(model, folder / WEIGHTS_FILE)
-        tokenizer = Tokenizer.load(folder)
+        values, weights, tokenizer = _open_folder(path)
+        family = OURS if values.get("model_type") == MODEL_TYPE else family_of(values.get("model_type"))
+        config = family.config(values, weights.names())
+        with torch.device("meta"):  # no memory, no random numbers: every weight comes from the file
+            built = build_model(config)
+        built.generation = _generation(path, values)
     except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+        raise CheckpointError(f"{path}: {error}") from None
+    assemble(built, weights, family, torch.device(device), dtype, where=path)
+    return built.eval(), tokenizer
+
+
+def _open_folder(folder: Path) -> tuple[dict[str, Any], Weights, Tokenizer | None]:
+    return read_json(folder / CONFIG_FILE), open_weights(folder), Tokenizer.load(folder)
+
+
+OURS = Family(config=lambda values, names: TransformerConfig.from_dict(dict(values)), weights=None)
+
+
+def _generation(path: Path, values: dict[str, Any]) -> GenerationConfig:
+    own = path / GENERATION_FILE
+    stored = read_json(own) if own.is_file() else None
+    if values.get("model_type") == MODEL_TYPE:
+        return GenerationConfig() if stored is None else read_generation({}, stored)
+    return read_generation(values, stored)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

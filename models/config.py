@@ -229,7 +229,7 @@ def _fits(value: object, kind: Any) -> bool:
 
 def _described(kinds: tuple[Any, ...]) -> str:
     names = {type(None): "null", RopeScaling: "a mapping"}
-    return " or ".join(names.get(kind) or getattr(kind, "__name__", str(kind)) for kind in kinds)
+    return " or ".join(str(names.get(kind, getattr(kind, "__name__", kind))) for kind in kinds)
 
 
 def _check_values(config: TransformerConfig) -> None:

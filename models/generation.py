@@ -41,6 +41,21 @@ class GenerationConfig:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as generation_config.json holds them."""
+        ids = {
+            "decoder_start_token_id": self.start_id,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": list(self.eos_ids),
+            "pad_token_id": self.pad_id,
+            "forced_bos_token_id": self.forced_bos_id,
+            "forced_eos_token_id": self.forced_eos_id,
+            "suppress_tokens": list(self.suppress_ids),
+            "begin_suppress_tokens": list(self.begin_suppress_ids),
+            "bad_words_ids": [list(word) for word in self.bad_words],
+        }
+        return {name: value for name, value in {**ids, **self.defaults}.items() if value not in (None, [])}
+
 
 def read_generation(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> GenerationConfig:
     """From config.json and generation_config.json, None where there is none: older files keep its keys in config.json.

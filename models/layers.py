@@ -241,8 +241,9 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, config: TransformerConfig) -> None:
-    """Normal weights of standard deviation 1/sqrt(fan_in), zero biases, relative ones too; a pre-norm stack's residual branches are
-    shrunk by the root of their number, so that their sum starts at unit size whatever the depth (GPT-2's rule)."""
+    """Normal weights of standard deviation 1/sqrt(fan_in), zero biases, relative ones too; a pre-norm stack's residual
+    branches are shrunk by the root of their number, so that their sum starts at unit size whatever the depth (GPT-2's
+    rule)."""
     assert config.encoder_depth is not None
     decoder_branches = (3 if config.is_encoder_decoder else 2) * config.depth
     for name, parameter in module.named_parameters():

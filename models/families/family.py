@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from models.config import LARGEST, ConfigError, RopeScaling, TransformerConfig
+from models.config import LARGEST, Activation, ConfigError, RopeScaling, TransformerConfig
 
 T = TypeVar("T")
 Values = Mapping[str, Any]  # of config.json
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_new",
@@ -24,7 +24,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-GATED = {"relu": "reglu", "gelu": "geglu", "gelu_new": "geglu_new", "silu": "swiglu"}
+GATED: dict[Activation, Activation] = {"relu": "reglu", "gelu": "geglu", "gelu_new": "geglu_new", "silu": "swiglu"}
 UNLIMITED = LARGEST  # the max_seqlen of a model whose positions have no end
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -52,12 +52,12 @@ class Family:
     Attributes:
         config: from config.json and the names of the file's tensors to ours. Raises ConfigError for what we lack.
         weights: for a config of ours, by the name of our module (or parameter) theirs: a name, several to stack, or a
-            ``Source``. ``{i}`` stands for a layer's number.
+            ``Source``. ``{i}`` stands for a layer's number. None: theirs are ours.
         prefix: of their names, which files may lack. ignored: patterns of names that hold nothing to load.
     """
 
     config: Callable[[Values, Collection[str]], TransformerConfig]
-    weights: Callable[[TransformerConfig], Mapping[str, Entry]]
+    weights: Callable[[TransformerConfig], Mapping[str, Entry]] | None
     prefix: str = ""
     ignored: tuple[str, ...] = ()
 
@@ -115,7 +115,7 @@ def refuse_unless(values: Values, name: str, expected: object) -> None:
         raise ConfigError(f"{name} {values[name]!r} is not supported: expected {expected!r}")
 
 
-def activation(values: Values, name: str, default: str, *, gated: bool = False) -> str:
+def activation(values: Values, name: str, default: str, *, gated: bool = False) -> Activation:
     """Our name for an activation function of theirs, of a gated feed-forward where asked."""
     theirs = optional(values, name, default)
     if theirs not in ACTIVATIONS:

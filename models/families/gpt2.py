@@ -22,7 +22,7 @@ WEIGHTS: dict[str, Entry] = {
 TRANSPOSED = {
     f"{ours}.weight": Source((f"{theirs}.weight",), transpose)
     for ours, theirs in WEIGHTS.items()
-    if ".attn." in theirs or ".mlp." in theirs
+    if isinstance(theirs, str) and (".attn." in theirs or ".mlp." in theirs)
 }
 # The causal mask, which older files store.
 IGNORED = (r"\.attn\.(masked_)?bias$",)
