@@ -1,27 +1,92 @@
-"""Text to token ids and back: character, word and byte-level BPE vocabularies, trained or read from a file."""
+"""Text to token ids and back: our own tokenizers, and those of Hugging Face folders read as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Vocabulary
 
-from models.config import BOS_ID, EOS_ID, PAD_ID, UNK_ID, ConfigError
+from models.config import ConfigError
+from models.languages import Languages
+from models.text_stream import TextStream
+from models.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from models.vocabulary_training import (
+    TokenizerKind,
+    is_our_own,
+    parse_vocabulary,
+    prepared,
+    read_vocabulary,
+    train_vocabulary,
+)
 
-TokenizerKind = Literal["char", "word", "bpe"]
-SPECIAL_TOKENS = {"<pad>": PAD_ID, "<bos>": BOS_ID, "<eos>": EOS_ID, "<unk>": UNK_ID}
+__all__ = [
+    "Encoding", "SpecialTokens", "TextStream", "Tokenizer", "TokenizerKind", "Vocabulary", "is_unicode",
+    "read_vocabulary", "train_vocabulary",
+]  # fmt: skip
+
 SOURCE_FILE, TARGET_FILE = "tokenizer.json", "target_tokenizer.json"
+# Every file that any of the tokenizers read here may need, written back as it was by save.
+FOREIGN_FILES = (
+    SOURCE_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "target_vocab.json", "source.spm", "target.spm", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens with a role, as written; ``others`` holds more of them, such as {"mask_token": "<mask>"}."""
+
+    bos: str | None = None
+    eos: str | None = None
+    pad: str | None = None
+    unk: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, named: Mapping[str, str]) -> SpecialTokens:
+        roles = {role: named.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
+        return cls(
+            **roles, others={key: token for key, token in named.items() if key.removesuffix("_token") not in roles}
+        )
+
+    def named(self) -> dict[str, str]:
+        """By the names templates know them under, such as {"bos_token": "<s>"}."""
+        roles = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad, "unk_token": self.unk}
+        return {**{name: token for name, token in roles.items() if token is not None}, **self.others}
+
+
+OUR_OWN = SpecialTokens("<bos>", "<eos>", "<pad>", "<unk>")
 
 
 class Tokenizer:
-    """Encodes prompts and sources, encodes and decodes targets; both sides share a vocabulary unless two are given."""
+    """Encodes prompts and sources, encodes and decodes targets; both sides share a vocabulary unless two are given.
 
-    def __init__(self, source: Vocabulary, target: Vocabulary | None = None) -> None:
+    Args:
+        source: a ``tokenizers.Tokenizer``, or an object with the same methods. target: the same for the target side.
+        special: the special tokens; those of our own vocabularies unless given.
+        chat_template: Jinja source, or several by name.
+        languages: what ``set_languages`` may choose from, for a translation model of many languages.
+        clean_up_spaces: whether decoding removes the space before punctuation.
+        files: the tokenizer's files, which ``save`` writes back as they are.
+    """
+
+    def __init__(
+        self, source: Vocabulary, target: Vocabulary | None = None, *, special: SpecialTokens = OUR_OWN,
+        chat_template: str | dict[str, str] | None = None, languages: Languages | None = None,
+        clean_up_spaces: bool = False, files: Mapping[str, bytes] | None = None,
+    ) -> None:  # fmt: skip
         self.source = source
         self.target = source if target is None else target
+        self.special, self.chat_template, self.languages = special, chat_template, languages
+        self.clean_up_spaces, self.files = clean_up_spaces, dict(files or {})
+        if languages is not None:
+            languages.frame(self.source)
 
     @property
     def vocab_size(self) -> int:
@@ -31,125 +96,141 @@ class Tokenizer:
     def target_vocab_size(self) -> int:
         return self.target.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a source or prompt, without special tokens; what the vocabulary lacks becomes ``<unk>``."""
-        return self.source.encode(text, add_special_tokens=False).ids
+    @property
+    def bos_id(self) -> int | None:
+        return self._id(self.special.bos)
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id(self.special.eos)
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id(self.special.pad)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.target.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a source or prompt; what the vocabulary lacks becomes its unknown token.
+
+        Included are the special tokens the tokenizer's family puts around a text; our own puts none.
+        """
+        return self.source.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_target(self, text: str) -> list[int]:
+        """The token ids of a target, without special tokens around it."""
         return self.target.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.source.encode_batch(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.source.encode_batch(list(texts))]
 
     def encode_target_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.target.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of target token ids."""
+        """The text of target token ids; an id the vocabulary lacks has none."""
+        text = self.decode_as_is(token_ids, skip_special_tokens)
+        return clean_up(text) if self.clean_up_spaces else text
+
+    def decode_as_is(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """As ``decode``, before any space is cleaned up."""
         return self.target.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    @property
+    def source_language(self) -> str | None:
+        return self.languages.source if self.languages else None
+
+    @property
+    def target_language(self) -> str | None:
+        return self.languages.target if self.languages else None
+
+    def set_languages(self, source: str | None = None, target: str | None = None) -> None:
+        """Chooses what ``encode`` adds for the source's language, and the target's, for a model of many languages.
+
+        Raises ConfigError for a language the tokenizer does not know.
+        """
+        languages = self._languages()
+        for code in (source, target):
+            if code is not None:
+                languages.language_id(code, self.target)
+        languages.source, languages.target = source or languages.source, target or languages.target
+        languages.frame(self.source)
+
+    def language_id(self, code: str) -> int:
+        """The token that starts a target in this language. Raises ConfigError for one the tokenizer does not know."""
+        return self._languages().language_id(code, self.target)
+
+    def _languages(self) -> Languages:
+        if self.languages is None:
+            raise ConfigError("this tokenizer has no languages to choose from")
+        return self.languages
+
     def save(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        if self.files:
+            return
         self.source.save(str(folder / SOURCE_FILE))
         if self.target is not self.source:
             self.target.save(str(folder / TARGET_FILE))
+        if self.special != OUR_OWN:
+            (folder / CONFIG_FILE).write_text(json.dumps(self._config(), indent=2) + "\n")
+
+    def _config(self) -> dict[str, Any]:
+        config = {**self.special.named(), "clean_up_tokenization_spaces": self.clean_up_spaces}
+        return config if self.chat_template is None else {**config, "chat_template": self.chat_template}
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint folder; None where it has no tokenizer.json. Raises ConfigError if broken."""
+        """The tokenizer of a folder, ours or Hugging Face's; None where it has none. Raises ConfigError if broken."""
         if not (folder / SOURCE_FILE).exists():
             return None
-        target = folder / TARGET_FILE
-        return cls(read_vocabulary(folder / SOURCE_FILE), read_vocabulary(target) if target.exists() else None)
+        if not (folder / CONFIG_FILE).exists() and is_our_own(vocabulary := parse_vocabulary(folder / SOURCE_FILE)):
+            target = folder / TARGET_FILE
+            return cls(prepared(vocabulary), read_vocabulary(target) if target.exists() else None)
+        return _load_foreign(folder)
+
+
+def _load_foreign(folder: Path) -> Tokenizer:
+    config = TokenizerConfig.read(folder)
+    vocabulary = parse_vocabulary(folder / SOURCE_FILE)
+    _add_tokens(vocabulary, config)
+    vocabulary.encode_special_tokens = bool(config.values.get("split_special_tokens", False))
+    special = {key: token for key, token in config.named.items() if vocabulary.token_to_id(token) is not None}
+    return Tokenizer(
+        vocabulary,
+        special=SpecialTokens.of(special),
+        chat_template=config.values.get("chat_template"),
+        languages=Languages.of(config, vocabulary),
+        clean_up_spaces=_cleans_up(config, vocabulary),
+        files={name: (folder / name).read_bytes() for name in FOREIGN_FILES if (folder / name).is_file()},
+    )
+
+
+def _add_tokens(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
+    """Makes special what the files beside tokenizer.json call special, which older ones do not list themselves."""
+    present = vocabulary.get_added_tokens_decoder().values()
+    tokens = [token for _, token in sorted(config.added.items()) if repr(token) not in set(map(repr, present))]
+    known = {token.content for token in [*present, *tokens]}
+    wanted = [config.named[key] for key in config.stated] + config.extra
+    tokens += [config.added_token(content) for content in dict.fromkeys(wanted) if content not in known]
+    vocabulary.add_tokens([token for token in tokens if token.content])
+
+
+def _cleans_up(config: TokenizerConfig, vocabulary: Vocabulary) -> bool:
+    # Not for BPE, whose spaces are the text's own, whatever the file says; transformers 5 has it so.
+    is_bpe = type(getattr(vocabulary, "model", None)).__name__ == "BPE"
+    return bool(config.values.get("clean_up_tokenization_spaces", False)) and not is_bpe
+
+
+def clean_up(text: str) -> str:
+    """The text without the spaces that splitting into words leaves before punctuation and English contractions."""
+    for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(found, found.strip())
+    return text
 
 
 def is_unicode(text: str) -> bool:
     """Whether a string holds characters only, no half of a surrogate pair as broken input leaves behind."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-class TextStream:
-    """Turns a growing list of token ids into pieces of text that never end inside a character.
-
-    A byte-level token may hold part of a character, which decodes to U+FFFD: such a tail waits for its rest.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
-        self._settled_ids: list[int] = []  # whose text is settled, kept as context for the next decode
-        self._pending_ids: list[int] = []
-
-    def push(self, token_ids: Iterable[int], final: bool = False) -> str:
-        """The text these ids add; ``final`` also gives out an unfinished tail, as U+FFFD."""
-        self._pending_ids.extend(token_ids)
-        before = self._decode(self._settled_ids)
-        after = self._decode(self._settled_ids + self._pending_ids)
-        if after.endswith("\ufffd") and not final:
-            return ""
-        piece = after[len(before) :]
-        # One settled chunk is context enough for tokenizers that treat the first token of a text apart.
-        if piece:
-            self._settled_ids, self._pending_ids = self._pending_ids, []
-        return piece
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, self.skip_special_tokens) if token_ids else ""
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """A tokenizer.json with our special tokens. Raises ConfigError for a file that is none, or has others."""
-    try:
-        vocabulary = Vocabulary.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception, for a missing file as for a broken one
-        raise ConfigError(f"cannot read the tokenizer {path}: {error}") from None
-    for name, token_id in SPECIAL_TOKENS.items():
-        if vocabulary.token_to_id(name) != token_id:
-            raise ConfigError(f"the tokenizer {path} does not have {name} as token {token_id}, as models here need")
-    return _prepared(vocabulary)
-
-
-def _prepared(vocabulary: Vocabulary) -> Vocabulary:
-    # Text that happens to say "<eos>" must not end a sequence, and no file may cut or pad what it encodes.
-    vocabulary.encode_special_tokens = True
-    vocabulary.no_truncation()
-    vocabulary.no_padding()
-    return vocabulary
-
-
-def train_vocabulary(kind: TokenizerKind, texts: Iterable[str], vocab_size: int) -> Vocabulary:
-    """Learns a vocabulary whose first ids are the special tokens.
-
-    ``char`` makes every character a token, ``word`` everything between spaces, ``bpe`` at most ``vocab_size``
-    byte-level merges (no text is unknown to it).
-    """
-    if kind not in get_args(TokenizerKind):
-        raise ConfigError(f"unknown tokenizer {kind!r}: choose one of {', '.join(get_args(TokenizerKind))}")
-    special = list(SPECIAL_TOKENS)
-    if kind == "bpe":
-        return _train_bpe(texts, vocab_size, special)
-    vocabulary = Vocabulary(models.WordLevel(unk_token="<unk>"))
-    if kind == "char":
-        vocabulary.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        vocabulary.decoder = decoders.Fuse()
-        units = sorted({character for text in texts for character in text})
-    else:
-        vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        units = sorted({word for text in texts for word in text.split()})
-    # Sorted rather than counted: the ids depend on the set of units alone, not on the order of the data.
-    entries = {unit: index for index, unit in enumerate([*special, *units])}
-    vocabulary.model = models.WordLevel(entries, unk_token="<unk>")
-    vocabulary.add_special_tokens(special)
-    return _prepared(vocabulary)
-
-
-def _train_bpe(texts: Iterable[str], vocab_size: int, special: list[str]) -> Vocabulary:
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(special) + len(alphabet):
-        raise ConfigError(f"a bpe vocabulary needs at least {len(special) + len(alphabet)} tokens, got {vocab_size}")
-    vocabulary = Vocabulary(models.BPE())
-    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    vocabulary.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    vocabulary.train_from_iterator(texts, trainer)
-    return _prepared(vocabulary)

@@ -1,0 +1,75 @@
+"""Translation models of many languages: the special tokens that tell the source's language, and the target's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tokenizers import processors
+
+from models.config import ConfigError
+from models.tokenizer_config import TokenizerConfig
+
+# What stands around a source text, by tokenizer class: {} is the language's token.
+FRAMES = {
+    "MBart": ([], ["</s>", "{}"]),
+    "MBart50": (["{}"], ["</s>"]),
+    "Nllb": (["{}"], ["</s>"]),
+    "M2M100": (["{}"], ["</s>"]),
+}
+LEGACY_NLLB_FRAME: tuple[list[str], list[str]] = ([], ["</s>", "{}"])
+DEFAULT_LANGUAGE = {"MBart": "en_XX", "MBart50": "en_XX", "Nllb": "eng_Latn", "M2M100": "en"}
+LANGUAGE_TOKEN = re.compile(r"[a-z]{2}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}|__[a-z]{2,3}__")
+
+
+class Languages:
+    """The languages a tokenizer knows, and the two chosen.
+
+    Args:
+        tokens: the special token of every language, by its code.
+        before, after: the special tokens around a source text, "{}" for its language's.
+        source, target: the codes chosen.
+    """
+
+    def __init__(
+        self, tokens: dict[str, str], before: list[str], after: list[str], source: str | None, target: str | None
+    ) -> None:
+        self.tokens, self.before, self.after = tokens, before, after
+        self.source, self.target = source, target
+
+    @classmethod
+    def of(cls, config: TokenizerConfig, vocabulary: Any) -> Languages | None:
+        """None for a tokenizer whose class knows no languages."""
+        if config.kind not in FRAMES:
+            return None
+        before, after = FRAMES[config.kind]
+        if config.kind == "Nllb" and config.values.get("legacy_behaviour"):
+            before, after = LEGACY_NLLB_FRAME
+        names = sorted(filter(LANGUAGE_TOKEN.fullmatch, vocabulary.get_vocab()))
+        source = config.values.get("src_lang") or DEFAULT_LANGUAGE[config.kind]
+        tokens = {name.strip("_"): name for name in names}
+        return cls(tokens, before, after, source if source in tokens else None, config.values.get("tgt_lang"))
+
+    def language_id(self, code: str, vocabulary: Any) -> int:
+        """The id of a language's token. Raises ConfigError for a code that is none."""
+        token_id = vocabulary.token_to_id(self.tokens[code]) if code in self.tokens else None
+        if token_id is None:
+            some = ", ".join(list(self.tokens)[:8])
+            raise ConfigError(f"the tokenizer has no language {code!r}: it knows {len(self.tokens)}, such as {some}")
+        return int(token_id)
+
+    def frame(self, vocabulary: Any) -> None:
+        """Makes the vocabulary put the source language's special tokens around what it encodes."""
+        if self.source is None:
+            return
+        before, after = ([part.format(self.tokens[self.source]) for part in side] for side in (self.before, self.after))
+        surround(vocabulary, before, after)
+
+
+def surround(vocabulary: Any, before: list[str], after: list[str]) -> None:
+    """Makes a vocabulary put special tokens before and after what it encodes."""
+    if hasattr(vocabulary, "surround"):  # one of ours, written in Python
+        vocabulary.surround(before, after)
+        return
+    ids = [(token, vocabulary.token_to_id(token)) for token in dict.fromkeys(before + after)]
+    vocabulary.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=ids)
