@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from engine.request import Sequence
-from models.config import EOS_ID
 
 
-def deliver(sequence: Sequence, token_id: int) -> None:
+def deliver(sequence: Sequence, token_id: int, eos_ids: tuple[int, ...]) -> None:
     """Takes note of a token just appended: an end or stop token, a stop string, the length limit."""
     params = sequence.request.params
-    if token_id == EOS_ID and not params.ignore_eos:
+    if token_id in eos_ids and not params.ignore_eos:
         sequence.finish("stop")
     elif token_id in (params.stop_token_ids or ()):
         sequence.finish("stop", stop_reason=token_id)

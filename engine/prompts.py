@@ -9,7 +9,8 @@ from typing import Any
 
 from engine.request import Request, Sequence
 from engine.sampling import SamplingParams
-from models.config import BOS_ID, EOS_ID, TransformerConfig
+from models.config import TransformerConfig
+from models.generation import GenerationConfig
 from models.tokenizer import TextStream, Tokenizer, is_unicode
 
 Prompt = str | Mapping[str, Any]
@@ -20,8 +21,11 @@ FORMS = '{"prompt": str}, {"prompt_token_ids": [int]} or {"encoder_prompt": ...,
 class PromptReader:
     """Turns prompts into requests for one model. Every method raises ValueError, in one sentence, for a bad prompt."""
 
-    def __init__(self, config: TransformerConfig, tokenizer: Tokenizer | None, max_model_len: int) -> None:
-        self.config, self.tokenizer, self.max_model_len = config, tokenizer, max_model_len
+    def __init__(
+        self, config: TransformerConfig, generation: GenerationConfig, tokenizer: Tokenizer | None, max_model_len: int
+    ) -> None:
+        self.config, self.generation, self.tokenizer = config, generation, tokenizer
+        self.max_model_len = max_model_len
 
     def request(self, request_id: str, prompt: Prompt, params: SamplingParams, seed: int) -> Request:
         """The request for a prompt, with its ``n`` sequences; sample i draws from ``seed + i``."""
@@ -58,28 +62,51 @@ class PromptReader:
         if isinstance(prompt, Mapping) and set(prompt) == {"encoder_prompt", "decoder_prompt"}:
             if not self.config.is_encoder_decoder:
                 raise ValueError("a decoder-only model takes no encoder_prompt: give the prompt alone")
-            source, source_ids = self._source(prompt["encoder_prompt"])
+            source, source_ids = self._source(prompt["encoder_prompt"], params)
             text, token_ids = self._decoder_prompt(prompt["decoder_prompt"])
             return Request(request_id, text, token_ids, params, source, source_ids)
         if self.config.is_encoder_decoder:
-            source, source_ids = self._source(prompt)
-            return Request(request_id, None, [BOS_ID], params, source, source_ids)
+            source, source_ids = self._source(prompt, params)
+            return Request(request_id, None, self._start(), params, source, source_ids)
         text, token_ids = self._text_and_ids(prompt, target=True)
         if not token_ids:
             raise ValueError("the prompt is empty: a decoder-only model needs at least one token")
         return Request(request_id, text, token_ids, params)
 
-    def _source(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text, token_ids = self._text_and_ids(prompt, target=False)
+    def _source(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
+        text, token_ids = self._text_and_ids(self._with_task(prompt, params.task), target=False)
         if len(token_ids) > self.max_model_len:
             raise ValueError(f"the source is {len(token_ids)} tokens, beyond max_model_len {self.max_model_len}")
-        return text, token_ids or [EOS_ID]  # as in training: an empty source still gives cross-attention one key
+        token_ids = token_ids or list(self.generation.eos_ids[:1])  # as in training: one key for cross-attention
+        if not token_ids:
+            raise ValueError("the source is empty, and the model has no end token to stand for it")
+        return text, token_ids
+
+    def _with_task(self, prompt: Prompt, task: str | None) -> Prompt:
+        """The prompt behind the prefix that the model's makers gave the task; ids are used as they are."""
+        if task is None:
+            return prompt
+        if task not in self.generation.tasks:
+            known = ", ".join(sorted(self.generation.tasks)) or "none"
+            raise ValueError(f"the model has no task {task!r}: it has {known}")
+        prefix = self.generation.tasks[task].get("prefix") or ""
+        text = prompt["prompt"] if isinstance(prompt, Mapping) and set(prompt) == {"prompt"} else prompt
+        return prefix + text if isinstance(text, str) else prompt
+
+    def _start(self) -> list[int]:
+        if self.generation.start_id is None:
+            raise ValueError("the model names no decoder_start_token_id: give a decoder_prompt")
+        return [self.generation.start_id]
 
     def _decoder_prompt(self, prompt: Prompt | None) -> tuple[str | None, list[int]]:
+        """A given prompt behind the start token, unless it begins with it."""
         if prompt is None:
-            return None, [BOS_ID]
+            return None, self._start()
         text, token_ids = self._text_and_ids(prompt, target=True)
-        return text, token_ids if token_ids[:1] == [BOS_ID] else [BOS_ID, *token_ids]
+        if self.generation.start_id is None and token_ids:
+            return text, token_ids
+        start = self._start()
+        return text, token_ids if token_ids[:1] == start else start + token_ids
 
     def _text_and_ids(self, prompt: Prompt, target: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping) and set(prompt) == {"prompt"}:
@@ -89,8 +116,9 @@ class PromptReader:
                 raise ValueError("this model has no tokenizer: give prompt_token_ids instead of text")
             if not is_unicode(prompt):
                 raise ValueError(f"the prompt is not valid Unicode: {prompt!a:.80}")
-            encode = self.tokenizer.encode_target if target else self.tokenizer.encode
-            return prompt, encode(prompt)
+            # A decoder-only model's prompt is a whole text, with what its tokenizer puts around one.
+            whole = not (target and self.config.is_encoder_decoder)
+            return prompt, self.tokenizer.encode(prompt) if whole else self.tokenizer.encode_target(prompt)
         if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
             raise ValueError(f"a prompt is a string, {FORMS}, got {prompt!r:.80}")
         return None, self.checked_ids(prompt["prompt_token_ids"], target)

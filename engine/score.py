@@ -11,15 +11,15 @@ from engine.engine import Engine
 from engine.prompts import Prompt, PromptReader
 from engine.request import Request, ScoreOutput
 from engine.sampling import SamplingParams
-from models.config import EOS_ID
 
 
 def score_request(reader: PromptReader, request_id: str, prompt: Prompt, target: str | Sequence[int]) -> Request:
     """A request whose one sequence holds the target already. Raises ValueError for what cannot be scored."""
     request = reader.request(request_id, prompt, SamplingParams(max_tokens=None), seed=0)
     target_ids = reader.target_ids(target)
-    if reader.config.is_encoder_decoder and target_ids[-1:] != [EOS_ID]:
-        target_ids = [*target_ids, EOS_ID]
+    eos_ids = reader.generation.eos_ids
+    if reader.config.is_encoder_decoder and eos_ids and target_ids[-1:] != [eos_ids[0]]:
+        target_ids = [*target_ids, eos_ids[0]]
     if not target_ids:
         raise ValueError("a target to score is empty")
     (sequence,) = request.sequences

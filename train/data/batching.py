@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models.config import BOS_ID, EOS_ID, PAD_ID
+from models.generation import GenerationConfig
 
 IGNORED = -100  # the label that no loss counts
 POOL = 128  # batches sorted by length together: enough to waste little padding, few enough to stay random
@@ -64,11 +64,15 @@ class Batch:
 class Collate:
     """Pads examples into a Batch, lengths rounded up to ``multiple`` within ``max_seqlen``.
 
-    Index -1 stands for a silenced batch.
+    Targets begin and end with the model's tokens for that. Index -1 stands for a silenced batch.
     """
 
-    def __init__(self, examples: Sequence[Example], multiple: int = 1, max_seqlen: int = sys.maxsize) -> None:
+    def __init__(
+        self, examples: Sequence[Example], multiple: int = 1, max_seqlen: int = sys.maxsize,
+        generation: GenerationConfig | None = None,
+    ) -> None:  # fmt: skip
         self.examples, self.multiple, self.max_seqlen = examples, multiple, max_seqlen
+        self.tokens = generation or GenerationConfig()
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         silent = indices[0] < 0
@@ -80,14 +84,17 @@ class Collate:
             windows = torch.tensor(np.stack([example.target for example in examples]), dtype=torch.int64)
             count = windows[:, 1:].numel()
             return Batch(None, None, windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), count, count)
-        sources = [list(example.source or ()) or [EOS_ID] for example in examples]
-        inputs = [[BOS_ID, *example.target] for example in examples]
-        labels = [[*example.target, EOS_ID] for example in examples]
+        start, end = self.tokens.start_id, self.tokens.eos_ids[0]
+        assert start is not None
+        sources = [list(example.source or ()) or [end] for example in examples]
+        inputs = [[start, *example.target] for example in examples]
+        labels = [[*example.target, end] for example in examples]
         lengths = torch.tensor([len(source) for source in sources])
-        source_ids = self._pad(sources, PAD_ID)
+        pad = self.tokens.pad_id or 0  # any token would do: nothing attends to it
+        source_ids = self._pad(sources, pad)
         count = sum(map(len, labels))
         padded = bool((lengths < source_ids.shape[1]).any())
-        return Batch(source_ids, lengths if padded else None, self._pad(inputs, PAD_ID), self._pad(labels, IGNORED),
+        return Batch(source_ids, lengths if padded else None, self._pad(inputs, pad), self._pad(labels, IGNORED),
                      count, count + int(lengths.sum()))  # fmt: skip
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:
