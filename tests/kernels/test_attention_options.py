@@ -15,7 +15,7 @@ from kernels.attention_options import RelativeBias
 from kernels.paged_attention import paged_attention
 from tests.kernels.test_attention import Case, Paged, offsets, pack
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("native", "torch", "reference")
 
 
 @dataclass(frozen=True)
