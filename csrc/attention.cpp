@@ -28,6 +28,9 @@ T* at(const TokenRows<T>& rows, const Span& span, int64_t head) {
            head * rows.head_stride;
 }
 
+// How many distances a head's row of biases holds.
+int64_t bias_width(int64_t max_distance) { return 2 * max_distance + 1; }
+
 // One kv head of one sequence, and the queries that read it.
 struct Place {
     const AttentionBatch& batch;
@@ -74,9 +77,22 @@ struct Place {
         head.diagonal = keys.length - queries.length;
         head.keys = batch.key_lengths == nullptr ? keys.length : batch.key_lengths[b];
         head.head_dim = batch.head_dim;
-        head.causal = batch.causal;
+        head.behind = batch.options.window > 0 ? std::min(batch.options.window - 1, kFar) : kFar;
+        head.ahead = batch.causal ? 0 : head.behind;
         head.softmax_scale = batch.softmax_scale;
+        head.softcap = batch.options.softcap;
+        head.bias = bias();
         return head;
+    }
+
+    DistanceBias bias() const {
+        const ScoreOptions& options = batch.options;
+        const int64_t first = kv_head * groups;
+        DistanceBias bias{nullptr, options.max_distance, nullptr};
+        if (options.distance_bias != nullptr)
+            bias.rows = options.distance_bias + first * bias_width(options.max_distance);
+        if (options.alibi_slopes != nullptr) bias.slopes = options.alibi_slopes + first;
+        return bias;
     }
 };
 
@@ -147,6 +163,34 @@ void stream_in_inputs(const Place& place, int64_t b) {
     stream_in_keys(place, b, place.batch.v);
 }
 
+// Each sequence's share of the gradient of the distance biases, summed in their order, whoever computed them.
+class BiasGradients {
+  public:
+    BiasGradients(const AttentionBatch& batch, float* result)
+        : batch_(batch), result_(result), width_(bias_width(batch.options.max_distance)) {
+        if (result != nullptr) shares_.resize(static_cast<size_t>(batch.batch * batch.heads * width_));
+    }
+
+    double* share(int64_t b, int64_t head) {
+        return result_ == nullptr ? nullptr : shares_.data() + (b * batch_.heads + head) * width_;
+    }
+
+    void sum() {
+        if (result_ == nullptr) return;
+        for (int64_t i = 0; i < batch_.heads * width_; ++i) {
+            double total = 0;
+            for (int64_t b = 0; b < batch_.batch; ++b) total += share(b, 0)[i];
+            result_[i] = static_cast<float>(total);
+        }
+    }
+
+  private:
+    const AttentionBatch& batch_;
+    float* result_;
+    int64_t width_;
+    std::vector<double> shares_;
+};
+
 }  // namespace
 
 void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out, const HeadFloats<float>& lse,
@@ -165,13 +209,14 @@ void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out,
         AttentionHead head = place.head(b);
         head.out = place.rows(out);
         head.lse = place.floats(lse);
-        kernels.forward(head, first_row, scratch_of(forward_scratch(batch.head_dim)));
+        kernels.forward(head, first_row, scratch_of(forward_scratch(batch.head_dim, groups)));
     });
 }
 
 void attention_backward(const AttentionBatch& batch, const AttentionGradients& g, int num_threads) {
     const AttentionKernels& kernels = attention_kernels();
     const bool whole = keeps_sequences_whole(batch, num_threads);
+    BiasGradients biases(batch, g.grad_distance_bias);
     parallel_in_chunks(
         batch.batch * batch.kv_heads, whole ? batch.kv_heads : 1, num_threads, [&](int64_t task) {
             const int64_t b = task / batch.kv_heads;
@@ -192,10 +237,13 @@ void attention_backward(const AttentionBatch& batch, const AttentionGradients& g
             gradients.grad_v = at(g.grad_v, place.keys, place.kv_head);
             gradients.grad_k_stride = g.grad_k.token_stride;
             gradients.grad_v_stride = g.grad_v.token_stride;
-            kernels.backward(head, gradients, scratch_of(backward_scratch(batch.head_dim, head.keys)));
+            gradients.grad_bias = biases.share(b, place.kv_head * place.groups);
+            float* scratch = scratch_of(backward_scratch(batch.head_dim, place.groups, head.keys));
+            kernels.backward(head, gradients, scratch);
             zero_keys(gradients.grad_k, g.grad_k.token_stride, head.keys, place.keys.length, batch.head_dim);
             zero_keys(gradients.grad_v, g.grad_v.token_stride, head.keys, place.keys.length, batch.head_dim);
         });
+    biases.sum();
 }
 
 }  // namespace tandem

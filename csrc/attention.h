@@ -21,6 +21,16 @@ struct HeadFloats {
     int64_t batch_stride, head_stride;
 };
 
+// What is done to a score; d is the key's position less the query's, which stands at key position
+// i + seqlen_k - seqlen_q of its sequence.
+struct ScoreOptions {
+    int64_t window;              // only keys with |d| < window are seen; 0: no window
+    float softcap;               // softcap * tanh(score / softcap); 0: as it is
+    const float* alibi_slopes;   // (heads,): less slope * |d|; null: none
+    const float* distance_bias;  // (heads, 2 * max_distance + 1): plus the number at d, clamped; null: none
+    int64_t max_distance;
+};
+
 struct AttentionBatch {
     int64_t batch, heads, kv_heads, head_dim;
     TokenRows<const float> q, k, v;
@@ -32,12 +42,14 @@ struct AttentionBatch {
     int64_t table_stride, block_size;
     bool causal;  // aligned bottom-right
     float softmax_scale;
+    ScoreOptions options;
 };
 
 struct AttentionGradients {
     TokenRows<const float> out, grad_out;
     HeadFloats<const float> lse, grad_lse;
     TokenRows<float> grad_q, grad_k, grad_v;  // grad_k and grad_v of keys past a sequence's end are zeroed
+    float* grad_distance_bias;                // as distance_bias; null: not wanted
 };
 
 // Lengths, offsets and block ids must be checked by the caller. head_dim is at most kMaxHeadDim. The result

@@ -13,6 +13,7 @@ namespace tandem {
 constexpr int64_t kRowBlock = 32;  // rows handled together, the lanes of the vectors
 constexpr int64_t kKeyBlock = 64;  // keys whose scores are held at a time
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kFar = int64_t{1} << 40;  // further than any two tokens
 
 // Row r of a head begins at data + (r / groups) * token_stride + (r % groups) * head_stride.
 template <class T>
@@ -28,15 +29,25 @@ struct KeyRows {
     int64_t block_stride;
 };
 
+// What is added to the scores of a group's query heads, by the distance d from query to key: a number of each
+// head's row, d clamped to [-reach, reach], less slope * |d|. Null pointers: nothing.
+struct DistanceBias {
+    const float* rows;  // (groups, 2 * reach + 1)
+    int64_t reach;
+    const float* slopes;  // (groups,)
+};
+
 struct AttentionHead {
     HeadRows<const float> q;
     KeyRows k, v;
     const int32_t* blocks;  // key j is row j % block_size of block blocks[j / block_size]; null: one run
     int64_t block_size;
     int64_t groups, queries, keys, head_dim;
-    int64_t diagonal;  // causal: query i sees keys j <= i + diagonal
-    bool causal;
+    int64_t diagonal;       // query i stands at p = i + diagonal among the keys
+    int64_t behind, ahead;  // and sees those from p - behind to p + ahead
     float softmax_scale;
+    float softcap;  // 0: none
+    DistanceBias bias;
     HeadRows<float> out;
     HeadRows<float> lse;  // one float a row, null data: not wanted
 };
@@ -48,6 +59,7 @@ struct HeadGradients {
     HeadRows<float> grad_q;
     float *grad_k, *grad_v;
     int64_t grad_k_stride, grad_v_stride;
+    double* grad_bias;  // as bias.rows, added to; null: not wanted
 };
 
 struct AttentionKernels {
@@ -60,12 +72,15 @@ struct AttentionKernels {
 // Head_dim rounded up so that a padded row is whole vectors on any path.
 constexpr int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
+// The biases that a block of scores meets: those of some distances, the heads of a group side by side.
+constexpr int64_t strip_floats(int64_t groups) { return (kKeyBlock + 1) * groups + kRowBlock; }
+
 // Floats of scratch memory, aligned to 64 bytes, that a call needs.
-constexpr int64_t forward_scratch(int64_t head_dim) {
-    return (3 * kRowBlock + 2 * kKeyBlock) * padded(head_dim) + kKeyBlock * kRowBlock;
+constexpr int64_t forward_scratch(int64_t head_dim, int64_t groups) {
+    return (3 * kRowBlock + 2 * kKeyBlock) * padded(head_dim) + kKeyBlock * kRowBlock + strip_floats(groups);
 }
-constexpr int64_t backward_scratch(int64_t head_dim, int64_t keys) {
-    return (5 * kRowBlock + 3 * keys) * padded(head_dim) + 2 * kKeyBlock * kRowBlock;
+constexpr int64_t backward_scratch(int64_t head_dim, int64_t groups, int64_t keys) {
+    return (5 * kRowBlock + 3 * keys) * padded(head_dim) + 3 * kKeyBlock * kRowBlock + strip_floats(groups);
 }
 
 extern const AttentionKernels kGenericAttentionKernels;

@@ -7,97 +7,10 @@
 #pragma once
 
 #include "attention_kernels.h"
-#include "attention_math_impl.h"
-#include "matrix_product_impl.h"
+#include "attention_scores_impl.h"
 
 namespace tandem {
 namespace {
-
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline int64_t whole_vectors(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
-
-// Calls body(i, pointer to row first + i) for `count` rows, with one division for all of them.
-template <class T, class Body>
-inline void for_each_row(const HeadRows<T>& rows, int64_t groups, int64_t first, int64_t count, Body body) {
-    T* token = rows.data + first / groups * rows.token_stride;
-    int64_t head = first % groups;
-    for (int64_t i = 0; i < count; ++i) {
-        body(i, token + head * rows.head_stride);
-        if (++head < groups) continue;
-        head = 0;
-        token += rows.token_stride;
-    }
-}
-
-inline void copy_row(const float* from, float* to, int64_t n, int64_t padded_n) {
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i));
-    for (; i < n; ++i) to[i] = from[i];
-    for (; i < padded_n; ++i) to[i] = 0;
-}
-
-inline void fill_zero(float* to, int64_t n) {
-    for (int64_t i = 0; i < n; i += kWidth) store(to + i, splat(0.0f));
-}
-
-// Some consecutive rows of a head, and how far they see.
-struct RowBlock {
-    const AttentionHead& head;
-    int64_t first, count, lanes;  // lanes: count in whole vectors
-    int64_t width;                // padded head_dim
-    int64_t visible;              // the keys that any of the rows sees
-    int64_t visible_to_all;
-    float last_key[kRowBlock];  // of each row; exact below 2^24
-
-    RowBlock(const AttentionHead& h, int64_t first_row)
-        : head(h),
-          first(first_row),
-          count(at_most(kRowBlock, h.queries * h.groups - first_row)),
-          lanes(whole_vectors(count)),
-          width(padded(h.head_dim)),
-          visible(h.keys),
-          visible_to_all(h.keys) {
-        if (!h.causal) return;
-        for (int64_t i = 0; i < kRowBlock; ++i)
-            last_key[i] = static_cast<float>((first + i) / h.groups + h.diagonal);
-        visible = at_most(visible, (first + count - 1) / h.groups + h.diagonal + 1);
-        visible_to_all = at_most(visible, first / h.groups + h.diagonal + 1);
-    }
-
-    template <class T, class Body>
-    void for_each(const HeadRows<T>& rows, Body body) const {
-        for_each_row(rows, head.groups, first, count, body);
-    }
-
-    // Copies the rows side by side, zeros behind each and behind the last.
-    void gather(const HeadRows<const float>& rows, float* to) const {
-        for_each(rows,
-                 [&](int64_t i, const float* row) { copy_row(row, to + i * width, head.head_dim, width); });
-        fill_zero(to + count * width, (lanes - count) * width);
-    }
-
-    // Gathered rows to (width, kRowBlock), times factor.
-    void transpose(const float* from, float factor, float* to) const {
-        for (int64_t i = 0; i < lanes; i += 4)
-            for (int64_t d = 0; d < width; d += 4)
-                transpose_4x4(from + i * width + d, width, factor, to + d * kRowBlock + i, kRowBlock);
-    }
-};
-
-// Calls body(first key, pointer to it, how many) for each run of equally spaced keys in [begin, end).
-template <class Body>
-inline void for_each_run(const AttentionHead& head, const KeyRows& keys, int64_t begin, int64_t end,
-                         Body body) {
-    if (head.blocks == nullptr) return body(begin, keys.data + begin * keys.stride, end - begin);
-    while (begin < end) {
-        const int64_t offset = begin % head.block_size;
-        const int64_t count = at_most(head.block_size - offset, end - begin);
-        const float* block = keys.data + head.blocks[begin / head.block_size] * keys.block_stride;
-        body(begin, block + offset * keys.stride, count);
-        begin += count;
-    }
-}
 
 // Long dot products are summed in pieces, which rounds less.
 constexpr int64_t kDepth = 64;
@@ -113,15 +26,6 @@ inline void multiply_keys(const RowBlock& rows, const KeyRows& keys, int64_t beg
                            {place, kRowBlock, d == 0 ? Into::replace : Into::add}, count, rows.lanes,
                            at_most(kDepth, head_dim - d));
     });
-}
-
-// Scores of keys that a row does not see become -inf.
-inline void mask_block(const RowBlock& rows, int64_t begin, int64_t end, float* scores) {
-    for (int64_t j = begin; j < end; ++j, scores += kRowBlock)
-        for (int64_t i = 0; i < rows.lanes; i += kWidth) {
-            const Mask seen = at_least(load(rows.last_key + i), splat(static_cast<float>(j)));
-            store(scores + i, select(seen, load(scores + i), splat(-kInfinity)));
-        }
 }
 
 // The softmax so far: the largest score of each row, the sum of exp(score - max), and the factor by which
@@ -196,8 +100,8 @@ inline void add_values(const RowBlock& rows, Matrix weights, int64_t begin, int6
             values = {packed, rows.width};
         }
         const Matrix part = {weights.data + (j - begin) * weights.stride, weights.stride};
-        product<true>(part, values, {out, rows.width, j > 0 ? Into::extend : Into::replace}, rows.count,
-                      rows.width, count);
+        product<true>(part, values, {out, rows.width, j > rows.begin ? Into::extend : Into::replace},
+                      rows.count, rows.width, count);
     });
 }
 
@@ -217,7 +121,7 @@ inline void write_rows(const RowBlock& rows, const OnlineSoftmax& softmax, const
 
 // Where a call keeps its blocks.
 struct ForwardScratch {
-    float *rows, *q, *out, *keys, *values, *scores;
+    float *rows, *q, *out, *keys, *values, *scores, *strip;
 
     ForwardScratch(float* memory, int64_t width)
         : rows(memory),
@@ -225,21 +129,23 @@ struct ForwardScratch {
           out(q + kRowBlock * width),
           keys(out + kRowBlock * width),
           values(keys + kKeyBlock * width),
-          scores(values + kKeyBlock * width) {}
+          scores(values + kKeyBlock * width),
+          strip(scores + kKeyBlock * kRowBlock) {}
 };
 
 void forward_rows(const RowBlock& rows, const ForwardScratch& scratch, OnlineSoftmax& softmax) {
     rows.transpose(scratch.rows, rows.head.softmax_scale, scratch.q);
-    for (int64_t begin = 0; begin < rows.visible; begin += kKeyBlock) {
-        const int64_t end = at_most(begin + kKeyBlock, rows.visible);
+    rows.for_each_key_block([&](int64_t begin, int64_t end) {
         multiply_keys(rows, rows.head.k, begin, end, scratch.q, scratch.scores);
-        if (end > rows.visible_to_all) mask_block(rows, begin, end, scratch.scores);
+        if (rows.head.softcap > 0) cap_scores(rows.head.softcap, end - begin, rows.lanes, scratch.scores);
+        if (has_bias(rows.head)) BiasStrip(rows, begin, end, scratch.strip).add_to(scratch.scores);
+        if (!rows.all_see(begin, end)) mask_block(rows, begin, end, scratch.scores);
         softmax.add_block(scratch.scores, end - begin, rows.lanes);
-        for (int64_t i = 0; begin > 0 && i < rows.count; ++i)
+        for (int64_t i = 0; begin > rows.begin && i < rows.count; ++i)
             scale_row(scratch.out + i * rows.width, softmax.shrink[i], scratch.out + i * rows.width,
                       rows.width);
         add_values(rows, {scratch.scores, kRowBlock}, begin, end, scratch.values, scratch.out);
-    }
+    });
 }
 
 // Keys [begin, end) to (width, kKeyBlock), zeros behind the last.
@@ -258,22 +164,24 @@ inline void transpose_keys(const RowBlock& rows, int64_t begin, int64_t end, flo
 }
 
 // One row, as in decoding, would fill one lane. Here the keys are the lanes; every sum runs in the same order
-// as for many rows, so decoding a token gives the bits that prefill gives. The row's own limit is the end of
+// as for many rows, so decoding a token gives the bits that prefill gives. The row's own limits are those of
 // the keys, which leaves nothing to mask.
 void forward_single(const RowBlock& rows, const ForwardScratch& scratch, OnlineSoftmax& softmax) {
     const int64_t head_dim = rows.head.head_dim;
     scale_row(scratch.rows, rows.head.softmax_scale, scratch.q, rows.width);
-    for (int64_t begin = 0; begin < rows.visible; begin += kKeyBlock) {
-        const int64_t end = at_most(begin + kKeyBlock, rows.visible), lanes = whole_vectors(end - begin);
+    rows.for_each_key_block([&](int64_t begin, int64_t end) {
+        const int64_t lanes = whole_vectors(end - begin);
         transpose_keys(rows, begin, end, scratch.values, scratch.keys);
         for (int64_t d = 0; d < head_dim; d += kDepth)
             product<false>({scratch.q + d, 0}, {scratch.keys + d * kKeyBlock, kKeyBlock},
                            {scratch.scores, 0, d == 0 ? Into::replace : Into::add}, 1, lanes,
                            at_most(kDepth, head_dim - d));
+        if (rows.head.softcap > 0) cap_scores(rows.head.softcap, 1, lanes, scratch.scores);
+        if (has_bias(rows.head)) add_bias_to_single(rows, begin, lanes, scratch.strip, scratch.scores);
         softmax.add_single(scratch.scores, end - begin);
-        if (begin > 0) scale_row(scratch.out, softmax.shrink[0], scratch.out, rows.width);
+        if (begin > rows.begin) scale_row(scratch.out, softmax.shrink[0], scratch.out, rows.width);
         add_values(rows, {scratch.scores, 1}, begin, end, scratch.values, scratch.out);
-    }
+    });
 }
 
 void forward(const AttentionHead& head, int64_t first_row, float* memory) {
@@ -281,7 +189,7 @@ void forward(const AttentionHead& head, int64_t first_row, float* memory) {
     const ForwardScratch scratch(memory, rows.width);
     rows.gather(head.q, scratch.rows);
     OnlineSoftmax softmax;
-    if (rows.visible <= 0) fill_zero(scratch.out, rows.count * rows.width);
+    if (rows.end <= rows.begin) fill_zero(scratch.out, rows.count * rows.width);
     (rows.count == 1 ? forward_single : forward_rows)(rows, scratch, softmax);
     write_rows(rows, softmax, scratch.out);
 }
@@ -298,9 +206,9 @@ struct BackwardRows {
         rows.gather(gradients.grad_out, grad_out);
         rows.transpose(grad_out, 1.0f, grad_out_transposed);
         rows.gather(gradients.out, spare);
-        for (int64_t i = 0; i < kRowBlock; ++i) lse[i] = delta[i] = 0;
+        // exp(score - inf) is the 0 that a row without keys wants, and the lanes behind the last row.
+        for (int64_t i = 0; i < kRowBlock; ++i) lse[i] = kInfinity, delta[i] = 0;
         rows.for_each(gradients.lse, [&](int64_t i, const float* from) {
-            // exp(score - inf) is the 0 that a row without keys wants.
             lse[i] = *from == -kInfinity ? kInfinity : *from;
             delta[i] = dot(grad_out + i * rows.width, spare + i * rows.width, rows.width);
         });
@@ -308,7 +216,7 @@ struct BackwardRows {
             rows.for_each(gradients.grad_lse, [&](int64_t i, const float* from) { delta[i] -= *from; });
     }
 
-    // Scores to probabilities, and the gradients of probabilities to those of unscaled scores.
+    // Scores to probabilities, and the gradients of probabilities to those of scores, times scale.
     void differentiate(float* scores, float* gradients, int64_t keys, int64_t lanes, float scale) const {
         for (int64_t i = 0; i < lanes; i += kWidth) {
             const Vec log_sum = load(lse + i), mean = load(delta + i);
@@ -331,9 +239,12 @@ void backward(const AttentionHead& head, const HeadGradients& gradients, float* 
     float* grad_q = loaded.grad_out_transposed + block;
     float* scores = grad_q + block;
     float* grad_scores = scores + kKeyBlock * kRowBlock;
-    float* keys = grad_scores + kKeyBlock * kRowBlock;
+    float* slopes = grad_scores + kKeyBlock * kRowBlock;
+    float* keys = slopes + kKeyBlock * kRowBlock;
     float* grad_k = keys + all;
     float* grad_v = grad_k + all;
+    float* strip = grad_v + all;
+    const bool shaped = head.softcap > 0 || has_bias(head);
     for (int64_t j = 0; j < head.keys; ++j)
         copy_row(head.k.data + j * head.k.stride, keys + j * width, head.head_dim, width);
     fill_zero(grad_k, 2 * all);
@@ -341,19 +252,24 @@ void backward(const AttentionHead& head, const HeadGradients& gradients, float* 
         const RowBlock rows(head, first);
         loaded.read(rows, gradients, grad_q);
         fill_zero(grad_q, block);
-        for (int64_t begin = 0; begin < rows.visible; begin += kKeyBlock) {
-            const int64_t end = at_most(begin + kKeyBlock, rows.visible), count = end - begin;
+        rows.for_each_key_block([&](int64_t begin, int64_t end) {
+            const int64_t count = end - begin;
             multiply_keys(rows, head.k, begin, end, loaded.q_transposed, scores);
             multiply_keys(rows, head.v, begin, end, loaded.grad_out_transposed, grad_scores);
-            if (end > rows.visible_to_all) mask_block(rows, begin, end, scores);
-            loaded.differentiate(scores, grad_scores, count, rows.lanes, head.softmax_scale);
+            if (head.softcap > 0) cap_scores(head.softcap, count, rows.lanes, scores, slopes);
+            if (has_bias(head)) BiasStrip(rows, begin, end, strip).add_to(scores);
+            if (!rows.all_see(begin, end)) mask_block(rows, begin, end, scores);
+            loaded.differentiate(scores, grad_scores, count, rows.lanes, shaped ? 1.0f : head.softmax_scale);
+            if (gradients.grad_bias != nullptr)
+                BiasStrip(rows, begin, end, strip).add_gradient(grad_scores, gradients.grad_bias);
+            if (shaped) chain_block(head, slopes, count, rows.lanes, grad_scores);
             product<false>({scores, kRowBlock}, {loaded.grad_out, width},
                            {grad_v + begin * width, width, Into::add}, count, width, rows.count);
             product<false>({grad_scores, kRowBlock}, {loaded.q, width},
                            {grad_k + begin * width, width, Into::add}, count, width, rows.count);
             product<true>({grad_scores, kRowBlock}, {keys + begin * width, width}, {grad_q, width, Into::add},
                           rows.count, width, count);
-        }
+        });
         rows.for_each(gradients.grad_q, [&](int64_t i, float* row) {
             copy_row(grad_q + i * width, row, head.head_dim, head.head_dim);
         });

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "attention.h"
 #include "attention_kernels.h"
@@ -19,6 +20,8 @@ using tandem::HeadFloats;
 using tandem::TokenRows;
 
 using Optional = std::optional<py::array>;
+using Scores =
+    std::tuple<int64_t, float, Optional, Optional>;  // window, softcap, alibi_slopes, distance_bias
 
 std::string shape_of(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
 
@@ -110,10 +113,33 @@ void check_heads(const AttentionBatch& batch, const py::array& k, const py::arra
                               std::to_string(batch.heads) + " heads");
 }
 
+const float* run_of(const Optional& array, const char* name, int64_t size) {
+    if (!array) return nullptr;
+    const bool fits =
+        has_type<float>(*array) && array->size() == size && (array->flags() & py::array::c_style) != 0;
+    if (!fits) refuse(name, "contiguous float32 of " + std::to_string(size) + " numbers", *array);
+    return static_cast<const float*>(array->data());
+}
+
+tandem::ScoreOptions options_of(const Scores& scores, int64_t heads) {
+    const auto& [window, softcap, alibi_slopes, distance_bias] = scores;
+    if (window < 0 || !(softcap >= 0)) throw py::value_error("window and softcap must not be negative");
+    tandem::ScoreOptions options{};
+    options.window = window;
+    options.softcap = softcap;
+    options.alibi_slopes = run_of(alibi_slopes, "alibi_slopes", heads);
+    if (!distance_bias) return options;
+    if (distance_bias->ndim() != 2 || distance_bias->shape(1) % 2 == 0)
+        refuse("distance_bias", "(heads, 2 * max_distance + 1)", *distance_bias);
+    options.max_distance = distance_bias->shape(1) / 2;
+    options.distance_bias = run_of(distance_bias, "distance_bias", heads * distance_bias->shape(1));
+    return options;
+}
+
 // q, k and v, padded or, with offsets, packed.
 AttentionBatch batch_of(const py::array& q, const py::array& k, const py::array& v,
                         const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
-                        const Optional& key_lengths, bool causal, float scale) {
+                        const Optional& key_lengths, bool causal, float scale, const Scores& scores) {
     const bool packed = cu_seqlens_q.has_value();
     const py::ssize_t rank = packed ? 3 : 4;
     if (packed != cu_seqlens_k.has_value() || (packed && key_lengths))
@@ -132,6 +158,7 @@ AttentionBatch batch_of(const py::array& q, const py::array& k, const py::array&
     batch.causal = causal;
     batch.softmax_scale = scale;
     check_heads(batch, k, v);
+    batch.options = options_of(scores, batch.heads);
     batch.cu_seqlens_q = integers(cu_seqlens_q, "cu_seqlens_q", batch.batch + 1);
     batch.cu_seqlens_k = integers(cu_seqlens_k, "cu_seqlens_k", batch.batch + 1);
     batch.key_lengths = integers(key_lengths, "key_lengths", batch.batch);
@@ -155,10 +182,10 @@ void check_threads(int num_threads) {
 
 void forward(const py::array& q, const py::array& k, const py::array& v, const Optional& cu_seqlens_q,
              const Optional& cu_seqlens_k, const Optional& key_lengths, bool causal, float softmax_scale,
-             py::array& out, std::optional<py::array>& lse, int num_threads) {
+             const Scores& scores, py::array& out, std::optional<py::array>& lse, int num_threads) {
     check_threads(num_threads);
     const AttentionBatch batch =
-        batch_of(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, softmax_scale);
+        batch_of(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, softmax_scale, scores);
     check_same_shape(out, "out", q);
     const TokenRows<float> result = write(out, "out", q.ndim());
     HeadFloats<float> log_sums{};
@@ -167,13 +194,23 @@ void forward(const py::array& q, const py::array& k, const py::array& v, const O
     tandem::attention_forward(batch, result, log_sums, num_threads);
 }
 
+float* write_bias(Optional& gradient, const Scores& scores) {
+    if (!gradient) return nullptr;
+    const Optional& bias = std::get<3>(scores);
+    if (!bias) throw py::value_error("grad_distance_bias needs distance_bias");
+    check_same_shape(*gradient, "grad_distance_bias", *bias);
+    run_of(gradient, "grad_distance_bias", bias->size());
+    return static_cast<float*>(gradient->mutable_data());
+}
+
 void backward(const py::array& q, const py::array& k, const py::array& v, const Optional& cu_seqlens_q,
               const Optional& cu_seqlens_k, const Optional& key_lengths, bool causal, float softmax_scale,
-              const py::array& out, const py::array& lse, const py::array& grad_out, const Optional& grad_lse,
-              py::array& grad_q, py::array& grad_k, py::array& grad_v, int num_threads) {
+              const Scores& scores, const py::array& out, const py::array& lse, const py::array& grad_out,
+              const Optional& grad_lse, py::array& grad_q, py::array& grad_k, py::array& grad_v,
+              std::optional<py::array>& grad_distance_bias, int num_threads) {
     check_threads(num_threads);
     const AttentionBatch batch =
-        batch_of(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, softmax_scale);
+        batch_of(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, softmax_scale, scores);
     const auto floats = [&](const py::array& array, const char* name) {
         return floats_of(array, name, batch, static_cast<const float*>(array.data()));
     };
@@ -190,7 +227,8 @@ void backward(const py::array& q, const py::array& k, const py::array& v, const 
         grad_lse ? floats(*grad_lse, "grad_lse") : HeadFloats<const float>{},
         write(grad_q, "grad_q", rank),
         write(grad_k, "grad_k", rank),
-        write(grad_v, "grad_v", rank)};
+        write(grad_v, "grad_v", rank),
+        write_bias(grad_distance_bias, scores)};
     const py::gil_scoped_release release;
     tandem::attention_backward(batch, gradients, num_threads);
 }
@@ -208,7 +246,8 @@ void check_blocks(const AttentionBatch& batch, int64_t num_blocks) {
 
 AttentionBatch paged_batch_of(const py::array& q, const py::array& k_cache, const py::array& v_cache,
                               const py::array& block_table, const Optional& cache_seqlens,
-                              const Optional& cu_seqlens_q, bool causal, float softmax_scale) {
+                              const Optional& cu_seqlens_q, bool causal, float softmax_scale,
+                              const Scores& scores) {
     AttentionBatch batch{};
     batch.q = read(q, "q", 3);
     batch.k = read(k_cache, "k_cache", 4);
@@ -225,6 +264,7 @@ AttentionBatch paged_batch_of(const py::array& q, const py::array& k_cache, cons
     batch.causal = causal;
     batch.softmax_scale = softmax_scale;
     check_heads(batch, k_cache, v_cache);
+    batch.options = options_of(scores, batch.heads);
     batch.cu_seqlens_q = integers(cu_seqlens_q, "cu_seqlens_q", batch.batch + 1);
     batch.key_lengths = integers(cache_seqlens, "cache_seqlens", batch.batch);
     batch.block_table = static_cast<const int32_t*>(block_table.data());
@@ -237,10 +277,10 @@ AttentionBatch paged_batch_of(const py::array& q, const py::array& k_cache, cons
 
 void paged(const py::array& q, const py::array& k_cache, const py::array& v_cache,
            const py::array& block_table, const Optional& cache_seqlens, const Optional& cu_seqlens_q,
-           bool causal, float softmax_scale, py::array& out, int num_threads) {
+           bool causal, float softmax_scale, const Scores& scores, py::array& out, int num_threads) {
     check_threads(num_threads);
-    const AttentionBatch batch =
-        paged_batch_of(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal, softmax_scale);
+    const AttentionBatch batch = paged_batch_of(q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q,
+                                                causal, softmax_scale, scores);
     check_same_shape(out, "out", q);
     const TokenRows<float> result = write(out, "out", 3);
     const py::gil_scoped_release release;

@@ -62,6 +62,7 @@ inline Mask at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)
 inline Mask below(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Mask either_nan(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
 inline Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
+inline Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
 inline Vec keep_where(Mask mask, Vec v) { return _mm512_maskz_mov_ps(mask, v); }
 inline int64_t count(Mask mask) { return __builtin_popcount(mask); }
 inline bool any(Mask mask) { return mask != 0; }
@@ -70,6 +71,7 @@ using Mask = Ints;
 inline Mask at_least(Vec a, Vec b) { return a >= b; }
 inline Mask either_nan(Vec a, Vec b) { return (a != a) | (b != b); }
 inline Mask either(Mask a, Mask b) { return a | b; }
+inline Mask both(Mask a, Mask b) { return a & b; }
 inline Vec keep_where(Mask mask, Vec v) { return reinterpret_cast<Vec>(reinterpret_cast<Ints>(v) & mask); }
 inline int64_t count(Mask mask) {
     int32_t total = 0;

@@ -23,6 +23,7 @@ def uniform(seed: int, position: int) -> float: ...
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
+Scores = tuple[int, float, Floats | None, Floats | None]  # window (0: none), softcap, alibi_slopes, distance_bias
 
 def attention_forward(
     q: Floats,
@@ -33,6 +34,7 @@ def attention_forward(
     key_lengths: Integers | None,
     causal: bool,
     softmax_scale: float,
+    scores: Scores,
     out: Floats,
     lse: Floats | None,
     num_threads: int,
@@ -47,6 +49,7 @@ def attention_backward(
     key_lengths: Integers | None,
     causal: bool,
     softmax_scale: float,
+    scores: Scores,
     out: Floats,
     lse: Floats,
     grad_out: Floats,
@@ -54,6 +57,7 @@ def attention_backward(
     grad_q: Floats,
     grad_k: Floats,
     grad_v: Floats,
+    grad_distance_bias: Floats | None,
     num_threads: int,
     /,
 ) -> None: ...
@@ -66,6 +70,7 @@ def paged_attention(
     cu_seqlens_q: Integers,
     causal: bool,
     softmax_scale: float,
+    scores: Scores,
     out: Floats,
     num_threads: int,
     /,

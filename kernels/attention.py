@@ -68,11 +68,11 @@ def attention(
         raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
     _check(q, k, v, packed, key_lengths)
     options = score_options(q.shape[-2], window, softcap, alibi_slopes, relative_bias)
-    native = dropout_p == 0 and options is None and native_attention.serves(q, k, v)
+    native = dropout_p == 0 and native_attention.serves(q, k, v, options)
     name = choose("attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
     if name == "native":
         lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
-        return native_attention.attention(q, k, v, lengths, causal, softmax_scale, return_lse)
+        return native_attention.attention(q, k, v, lengths, causal, softmax_scale, options, return_lse)
     if not packed:
         if name == "torch" and not return_lse:
             return _sdpa(q, k, v, causal, softmax_scale, key_lengths, options, dropout_p)

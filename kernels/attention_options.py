@@ -81,6 +81,13 @@ class ScoreOptions(NamedTuple):
     alibi_slopes: Tensor | None
     relative_bias: RelativeBias | None
 
+    @property
+    def distance_bias(self) -> Tensor | None:
+        return None if self.relative_bias is None else self.relative_bias.distance_bias
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.alibi_slopes, self.distance_bias) if x is not None]
+
     def narrow(self, mask: Tensor | None, distance: Tensor) -> Tensor | None:
         """The mask, less the keys outside the window. distance is (batch or 1, seqlen_q, seqlen_k)."""
         if self.window is None:

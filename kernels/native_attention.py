@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.attention_options import ScoreOptions
 from kernels.extension import _C
 
 MAX_HEAD_DIM = _C.max_head_dim
@@ -16,7 +17,7 @@ MAX_HEAD_DIM = _C.max_head_dim
 Lengths = tuple[Tensor | None, Tensor | None, Tensor | None]  # cu_seqlens_q, cu_seqlens_k, key_lengths
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def serves(q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions | None = None) -> bool:
     """Whether the C++ kernels take these tensors. torch.compile and autocast have plans of their own."""
     return (
         q.dtype is torch.float32
@@ -28,6 +29,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and v.is_cpu
         and 0 < q.shape[-1] <= MAX_HEAD_DIM
         and not torch.is_autocast_enabled("cpu")
+        and (options is None or all(x.is_cpu and x.dtype is torch.float32 for x in options.tensors()))
     )
 
 
@@ -38,14 +40,20 @@ def attention(
     lengths: Lengths,
     causal: bool,
     softmax_scale: float | None,
+    options: ScoreOptions | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See ``kernels.attention.attention``, which has checked the shapes."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _Attention.apply(q, k, v, lengths, causal, softmax_scale)
+    bias = None if options is None else options.distance_bias
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or needs_gradient(bias)):
+        out, lse = _Attention.apply(q, k, v, bias, lengths, causal, softmax_scale, options)
     else:
-        out, lse = forward(q, k, v, lengths, causal, softmax_scale, want_lse=return_lse)
+        out, lse = forward(q, k, v, lengths, causal, softmax_scale, options, want_lse=return_lse)
     return (out, lse) if return_lse else out
+
+
+def needs_gradient(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
 
 
 def forward(
@@ -55,6 +63,7 @@ def forward(
     lengths: Lengths,
     causal: bool,
     softmax_scale: float | None,
+    options: ScoreOptions | None,
     *,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -65,7 +74,7 @@ def forward(
         lse = torch.empty(shape)
     _C.attention_forward(
         _rows(q), _rows(k), _rows(v), *_lengths(lengths), causal, _scale(q, softmax_scale),
-        out.numpy(), None if lse is None else lse.numpy(), torch.get_num_threads(),
+        _scores(options), out.numpy(), _floats(lse), torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -79,13 +88,14 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     causal: bool,
     softmax_scale: float | None,
+    options: ScoreOptions | None,
 ) -> Tensor:
     """Reads the cache's blocks in place: see ``kernels.paged_attention.paged_attention``."""
     out = torch.empty(q.shape)
     _C.paged_attention(
         _rows(q), k_cache.detach().numpy(), v_cache.detach().numpy(), _integers(block_table),
-        _integers(cache_seqlens), _integers(cu_seqlens_q), causal, _scale(q, softmax_scale), out.numpy(),
-        torch.get_num_threads(),
+        _integers(cache_seqlens), _integers(cu_seqlens_q), causal, _scale(q, softmax_scale), _scores(options),
+        out.numpy(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -94,6 +104,10 @@ def _rows(x: Tensor) -> Any:
     """A numpy view whose last dimension is contiguous; only an unusual layout is copied."""
     x = x.detach()
     return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).numpy()
+
+
+def _floats(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().contiguous().numpy()
 
 
 def _integers(x: Tensor | None) -> Any:
@@ -109,6 +123,12 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
 
 
+def _scores(options: ScoreOptions | None) -> tuple[int, float, Any, Any]:
+    if options is None:
+        return 0, 0.0, None, None
+    return options.window or 0, options.softcap, _floats(options.alibi_slopes), _floats(options.distance_bias)
+
+
 class _Attention(torch.autograd.Function):
     """Keeps the output and the log-sum-exp; the backward pass computes the probabilities again."""
 
@@ -118,14 +138,16 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        bias: Tensor | None,
         lengths: Lengths,
         causal: bool,
         softmax_scale: float | None,
+        options: ScoreOptions | None,
     ) -> tuple[Tensor, Tensor | None]:
-        out, lse = forward(q, k, v, lengths, causal, softmax_scale, want_lse=True)
+        out, lse = forward(q, k, v, lengths, causal, softmax_scale, options, want_lse=True)
         ctx.save_for_backward(q, k, v, out, lse, *lengths)
         ctx.set_materialize_grads(False)
-        ctx.causal, ctx.softmax_scale = causal, softmax_scale
+        ctx.causal, ctx.softmax_scale, ctx.options = causal, softmax_scale, options
         return out, lse
 
     @staticmethod
@@ -134,11 +156,11 @@ class _Attention(torch.autograd.Function):
             raise RuntimeError("native attention has no second derivative: use backend='torch' for create_graph")
         q, k, v, out, lse, *lengths = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
         grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+        grad_bias = torch.empty(ctx.options.distance_bias.shape) if ctx.needs_input_grad[3] else None
         _C.attention_backward(
             _rows(q), _rows(k), _rows(v), *_lengths(lengths), ctx.causal, _scale(q, ctx.softmax_scale),
-            out.numpy(), lse.numpy(), _rows(grad_out), None if grad_lse is None else grad_lse.numpy(),
-            grad_q.numpy(), grad_k.numpy(), grad_v.numpy(), torch.get_num_threads(),
+            _scores(ctx.options), out.numpy(), lse.numpy(), _rows(grad_out), _floats(grad_lse), grad_q.numpy(),
+            grad_k.numpy(), grad_v.numpy(), _floats(grad_bias), torch.get_num_threads(),
         )  # fmt: skip
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, grad_bias, None, None, None, None

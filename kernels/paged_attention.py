@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import native_attention, reference
 from kernels.attention import sdpa_masked, sdpa_with_options, unpack
-from kernels.attention_options import RelativeBias, score_options
+from kernels.attention_options import RelativeBias, ScoreOptions, score_options
 from kernels.backend import choose
 
 AVAILABLE = ("torch", "reference")
@@ -64,13 +64,11 @@ def paged_attention(
     """
     _check(q, k_cache, v_cache)
     options = score_options(q.shape[1], window, softcap, alibi_slopes, relative_bias)
-    native = (
-        options is None and _wants_no_gradient(q, k_cache, v_cache) and native_attention.serves(q, k_cache, v_cache)
-    )
+    native = _wants_no_gradient(q, k_cache, v_cache, options) and native_attention.serves(q, k_cache, v_cache, options)
     name = choose("paged_attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
     if name == "native":
         return native_attention.paged_attention(
-            q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal, softmax_scale
+            q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal, softmax_scale, options
         )
     if name == "reference":
         return reference.paged_attention(
@@ -113,5 +111,10 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         raise ValueError(f"{k_cache.shape[2]} kv heads do not divide {q.shape[1]} heads")
 
 
-def _wants_no_gradient(*tensors: Tensor) -> bool:
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+def _wants_no_gradient(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: ScoreOptions | None) -> bool:
+    if not torch.is_grad_enabled():
+        return True
+    bias = None if options is None else options.distance_bias
+    return not (
+        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad or native_attention.needs_gradient(bias)
+    )

@@ -13,9 +13,10 @@ from torch import Tensor
 from kernels.attention import attention
 from kernels.attention_options import RelativeBias
 from kernels.paged_attention import paged_attention
-from tests.kernels.test_attention import Case, Paged, offsets, pack
+from tests.kernels.conftest import RunOnPath
+from tests.kernels.test_attention import CPU_PATHS, Case, Paged, offsets, pack
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("native", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -145,27 +146,124 @@ def test_packed_equals_one_by_one(backend: str, causal: bool) -> None:
         out, begin = attention(*packed, **places, **given), 0
         for i, (n, m) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             alone = attention(q[i : i + 1, :n], k[i : i + 1, :m], v[i : i + 1, :m], **given)
-            torch.testing.assert_close(out[begin : begin + n], alone[0], rtol=1e-5, atol=1e-5)
+            tolerance = {"rtol": 0, "atol": 0} if backend == "native" else {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(out[begin : begin + n], alone[0], **tolerance)
             begin += n
+
+
+PAGED = (Shape(11, 2.0, True, T5), Shape(alibi=True), Shape(window=5), Shape(bias=T5_DECODER), Shape(softcap=1.0))
+
+
+def run_paged(batch: Paged, shape: Shape, causal: bool, backend: str) -> Tensor:
+    inputs = (batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.cache_seqlens, batch.cu_seqlens_q)
+    longest = int(batch.cu_seqlens_q.diff().max())
+    given = shape.options(batch.q.shape[1])
+    return paged_attention(*inputs, max_seqlen_q=longest, causal=causal, **given, backend=backend)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("queries", [[1, 1, 1], [3, 30, 1]])
 def test_paged_equals_contiguous(queries: list[int], causal: bool) -> None:
     batch = Paged.build([200, 30, 17], queries, 4, 2, 12)
+    native = [run_paged(batch, shape, causal, "native") for shape in PAGED]
     # The gathering backend masks what it gathers, and a masked NaN is still one.
     batch.k_cache.nan_to_num_()
     batch.v_cache.nan_to_num_()
     batch.block_table.clamp_(min=0)
-    inputs = (batch.q, batch.k_cache, batch.v_cache, batch.block_table, batch.cache_seqlens, batch.cu_seqlens_q)
-    for shape in (Shape(11, 2.0, True, T5), Shape(alibi=True), Shape(window=5), Shape(bias=T5_DECODER)):
-        given = shape.options(4) | {"causal": causal}
-        for backend in BACKENDS:
-            out = paged_attention(*inputs, max_seqlen_q=max(queries), **given, backend=backend)
-            for i in range(3):
-                expected = attention(*batch.contiguous(i), **given, backend="reference")[0]
-                begin, end = batch.cu_seqlens_q[i : i + 2].tolist()
-                torch.testing.assert_close(out[begin:end], expected, rtol=1e-5, atol=4e-6)
+    for shape, out in zip(PAGED, native, strict=True):
+        for other in ("torch", "reference"):
+            torch.testing.assert_close(run_paged(batch, shape, causal, other), out, rtol=1e-5, atol=4e-6)
+        for i in range(3):
+            alone = attention(*batch.contiguous(i), **shape.options(4), causal=causal, backend="native")[0]
+            assert torch.equal(out[slice(*batch.cu_seqlens_q[i : i + 2].tolist())], alone)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("shape", [*PAGED, Shape(window=70)], ids=str)
+def test_decoding_equals_prefill_bit_for_bit(shape: Shape, kv_heads: int) -> None:
+    batch = Paged.build([210], [210], 4, kv_heads, 12)
+    whole = run_paged(batch, shape, True, "native")
+    for n in (1, 17, 64, 65, 80, 140, 210):
+        place = (batch.k_cache, batch.v_cache, batch.block_table, torch.tensor([n]).int(), offsets([1]))
+        assert torch.equal(run_paged(Paged(batch.q[n - 1 : n], *place), shape, True, "native"), whole[n - 1 : n])
+
+
+def test_keys_behind_the_window_are_not_read() -> None:
+    q, k, v = Case(1, 300, heads=4, kv_heads=4).inputs()
+    expected = attention(q, k, v, window=90, causal=True, backend="native")
+    for x in (k, v):
+        x[:, :210] = torch.nan
+    assert torch.equal(attention(q, k, v, window=90, causal=True, backend="native"), expected)
+    assert attention(q, k, v, window=91, causal=True, backend="native").isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_is_not_read(backend: str) -> None:
+    case, shape = Case(40, 50, key_lengths=(0, 50, 7)), Shape(6, 2.0, True, T5)
+    out, lse, (grad_q, grad_k, grad_v, _) = gradients(case, shape, backend)
+    # Queries stand at 10 to 49, so of those with 7 keys only the first few have one in their window.
+    blind = torch.tensor([[True] * 40, [False] * 40, [i + 10 - 5 > 6 for i in range(40)]])
+    assert not out[blind].any() and not grad_q[blind].any()
+    assert out[~blind].all()
+    assert lse.transpose(1, 2)[blind].isneginf().all()
+    assert not grad_k[0].any() and not grad_v[0].any() and not grad_v[2, 7:].any()
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    before, results = torch.get_num_threads(), []
+    case = Case(70, 70, heads=4, kv_heads=2, batch=9, causal=True)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, lse, grads = gradients(case, Shape(40, 2.0, True, T5), "native")
+            results.append([out, lse, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_the_cap_is_a_hyperbolic_tangent() -> None:
+    """A query with one key has its score for a log-sum-exp."""
+    sizes = torch.logspace(-6, 3, 4001)
+    q = torch.cat((sizes, -sizes, torch.zeros(1), torch.tensor([torch.inf, -torch.inf]))).reshape(1, -1, 1, 1)
+    one = torch.ones(1, 1, 1, 1)
+    _, lse = attention(q, one, one, softcap=5.0, return_lse=True, backend="native")
+    torch.testing.assert_close(lse[0, 0].double(), 5 * (q.flatten().double() / 5).tanh(), rtol=6e-7, atol=1e-12)
+
+
+def test_a_nan_reaches_the_output() -> None:
+    q, k, v = Case(20, 20).inputs()
+    q[1, 3, 0, 7] = torch.nan
+    out = attention(q, k, v, **Shape(30, 2.0, True, T5).options(2), backend="native")
+    assert out[1, 3, 0].isnan().all()
+    assert out.isnan().sum() == out.shape[-1]
+
+
+def test_only_the_table_wants_a_gradient() -> None:
+    """Every query but the nearest keys' is in the last bucket, whose gradient sums a hundred thousand numbers."""
+    q, k, v = Case(500, 500, batch=1).inputs()
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        table = Shape(bias=(8, 20, True)).table(2).to(dtype).requires_grad_()
+        out = attention(*(x.to(dtype) for x in (q, k, v)), relative_bias=RelativeBias(table, 20, True), backend=backend)
+        return torch.autograd.grad(out.square().sum(), table)[0]
+
+    torch.testing.assert_close(
+        gradient(torch.float32, "native").double(), gradient(torch.float64, "reference"), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_gradient_through_the_log_sum_exp() -> None:
+    def run(backend: str) -> tuple[Tensor, ...]:
+        inputs = [x.requires_grad_() for x in Case(20, 30, kv_heads=1, causal=True).inputs()]
+        table = Shape(bias=T5).table(2).requires_grad_()
+        options = Shape(9, 2.0, True, T5).options(2, table)
+        out, lse = attention(*inputs, causal=True, **options, return_lse=True, backend=backend)
+        return torch.autograd.grad(out.square().sum() + lse.sin().sum(), (*inputs, table))
+
+    for actual, expected in zip(run("native"), run("reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -221,6 +319,28 @@ def test_torch_compile_traces_the_options() -> None:
     options = {"alibi_slopes": slopes, "relative_bias": RelativeBias(table, 128, False)}
     expected = attention(q, k, v, causal=True, window=4, **options, backend="torch")
     torch.testing.assert_close(compiled(table), expected)
+
+
+CHECK_PATH = """
+from kernels.attention import attention
+from kernels.attention_options import RelativeBias
+torch.manual_seed(0)
+for n, m, d, heads in ((40, 70, 20, 3), (1, 130, 64, 1), (1, 130, 64, 3)):
+    inputs = [torch.randn(2, s, h, d, requires_grad=True) for s, h in ((n, 3), (m, heads), (m, heads))]
+    inputs.append(torch.randn(32, 3, requires_grad=True))
+    q, k, v, table = inputs
+    options = {"window": 60, "softcap": 2.0, "alibi_slopes": torch.rand(3), "causal": True}
+    out, exact = (attention(q, k, v, relative_bias=RelativeBias(table, 50, True), backend=backend, **options)
+                  for backend in ("native", "reference"))
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=4e-6)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in (out, exact))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+"""
+
+
+@pytest.mark.parametrize("path", CPU_PATHS)
+def test_each_cpu_path(path: str, run_on_path: RunOnPath) -> None:
+    run_on_path(CHECK_PATH, path)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
