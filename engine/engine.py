@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
 from engine.kv_cache import KVCache
 from engine.request import Request, Sequence
@@ -44,19 +45,23 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Adds a token to every scheduled sequence; returns them, finished ones included (none when idle)."""
         schedule = self.scheduler.schedule()
-        if not schedule.sequences:
+        samples, beams = schedule.sequences, [beam for request in schedule.searches for beam in request.live]
+        if not samples and not beams:
             return []
-        logits = self._run(schedule)
-        result = sample(logits, self.columns.batch(schedule.sequences), num_threads=self.num_threads)
-        self._deliver(schedule.sequences, result)
+        logits = self._run(schedule, samples + beams)
+        if samples:
+            batch = self.columns.batch(samples)
+            self._deliver(samples, sample(logits[: len(samples)], batch, num_threads=self.num_threads))
+        if beams:
+            advance_searches(schedule.searches, logits[len(samples) :], self.cache)
         self.scheduler.retire()
-        return schedule.sequences
+        return samples + beams
 
-    def _run(self, schedule: Schedule) -> torch.Tensor:
+    def _run(self, schedule: Schedule, sequences: list[Sequence]) -> torch.Tensor:
         encoded = [request for request in schedule.requests if request.encoder_prompt_token_ids is not None]
         if encoded:
             self.runner.encode(encoded)
-        return self.runner.next_token_logits(schedule.sequences)
+        return self.runner.next_token_logits(sequences)
 
     def _deliver(self, sequences: list[Sequence], result: SampleResult) -> None:
         for i, (sequence, token_id) in enumerate(zip(sequences, result.token_ids.tolist(), strict=True)):
