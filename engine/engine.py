@@ -6,8 +6,10 @@ import itertools
 
 import torch
 
+from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
 from engine.kv_cache import KVCache
+from engine.logits_rules import apply_rules
 from engine.request import Request, Sequence
 from engine.runner import Runner
 from engine.sampling_batch import SamplingColumns
@@ -44,19 +46,24 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Adds a token to every scheduled sequence; returns them, finished ones included (none when idle)."""
         schedule = self.scheduler.schedule()
-        if not schedule.sequences:
+        samples, beams = schedule.sequences, [beam for request in schedule.searches for beam in request.live]
+        if not samples and not beams:
             return []
-        logits = self._run(schedule)
-        result = sample(logits, self.columns.batch(schedule.sequences), num_threads=self.num_threads)
-        self._deliver(schedule.sequences, result)
+        logits = self._run(schedule, samples + beams)
+        if samples:
+            bind(samples, logits)
+            batch = self.columns.batch(samples)
+            self._deliver(samples, sample(logits[: len(samples)], batch, num_threads=self.num_threads))
+        if beams:
+            advance_searches(schedule.searches, logits[len(samples) :], self.cache)
         self.scheduler.retire()
-        return schedule.sequences
+        return samples + beams
 
-    def _run(self, schedule: Schedule) -> torch.Tensor:
+    def _run(self, schedule: Schedule, sequences: list[Sequence]) -> torch.Tensor:
         encoded = [request for request in schedule.requests if request.encoder_prompt_token_ids is not None]
         if encoded:
             self.runner.encode(encoded)
-        return self.runner.next_token_logits(schedule.sequences)
+        return self.runner.next_token_logits(sequences)
 
     def _deliver(self, sequences: list[Sequence], result: SampleResult) -> None:
         for i, (sequence, token_id) in enumerate(zip(sequences, result.token_ids.tolist(), strict=True)):
@@ -66,4 +73,12 @@ class Engine:
             if sequence.request.params.logprobs is not None:
                 sequence.add_logprobs(token_id, result, i, self.tokenizer)
             sequence.token_ids.append(token_id)
-            deliver(sequence, token_id)
+            deliver(sequence, token_id, self.runner.model.generation.eos_ids)
+
+
+def bind(samples: list[Sequence], logits: torch.Tensor) -> None:
+    """Applies the rules of each sample's request, in place, to its row of logits."""
+    for i, sequence in enumerate(samples):
+        if not sequence.request.rules.ask_nothing:
+            token_ids = torch.tensor([sequence.token_ids])
+            apply_rules(logits[i : i + 1], token_ids, sequence.request.rules, sequence.num_prompt, sequence.max_length)

@@ -2,10 +2,12 @@
 
 A row is a sequence's place in the block tables. Its blocks are reserved when it is admitted, enough for its longest
 outcome, so that no step can run out. A source's keys and values are written once and shared by the request's samples.
+The rows of one beam search pool their blocks: those that are full are shared by the beams that have them in common.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,6 +102,32 @@ class KVCache:
             self.v[:, blocks] = 0
         self._free_blocks += blocks
         self._free_rows.append(row.index)
+
+    def reorder(self, rows: list[Row], parents: NDArray[np.int64], length: int) -> None:
+        """Makes row i go on from the ``length`` tokens that row ``parents[i]`` holds; the rows are all of one search's.
+
+        A full block is never written again, so beams share it by naming it in their tables. The block being filled is
+        a row's own, and copied. The rows' blocks suffice: together their tables name at most as many as they brought.
+        """
+        index = np.array([row.index for row in rows])
+        full, partial = divmod(length, self.block_size)
+        tables = self.tables[index]
+        self.tables[index, :full] = tables[parents, :full]
+        if partial:
+            self._copy(tables[parents, full], tables[:, full])
+        else:
+            shared = set(self.tables[index, :full].flat)
+            unused = (block for row in rows for block in row.blocks if block not in shared)
+            self.tables[index, full] = list(itertools.islice(unused, len(rows)))
+
+    def _copy(self, sources: Table, targets: Table) -> None:
+        """Copies blocks, as if all at once: a target may be another's source."""
+        moved = np.flatnonzero(sources != targets)
+        if not len(moved):
+            return
+        source, target = (torch.from_numpy(b[moved].astype(np.int64)).to(self.device) for b in (sources, targets))
+        self.k[:, target] = self.k[:, source]
+        self.v[:, target] = self.v[:, source]
 
     def slots(self, blocks: list[int], length: int) -> NDArray[np.int64]:
         """The slots of a run of tokens that fills ``blocks`` from their start."""

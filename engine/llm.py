@@ -8,17 +8,19 @@ import threading
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress
 
+from engine.beam_params import BeamSearchParams
+from engine.beam_requests import search_output, search_request
 from engine.detokenize import released_text
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.options import EngineOptions, resolve_device, resolve_dtype
 from engine.prompts import Prompt, PromptReader
-from engine.request import CompletionOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
+from engine.request import BeamSearchOutput, CompletionOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
 from engine.sampling import SamplingParams
 from engine.score import score_request, score_step
 from models import checkpoint
@@ -28,6 +30,7 @@ from models.transformer import DecoderOnly, EncoderDecoder
 
 Prompts = Prompt | SequenceOf[Prompt]
 Params = SamplingParams | SequenceOf[SamplingParams] | None
+T = TypeVar("T")
 
 
 class LLM:
@@ -100,7 +103,7 @@ class LLM:
             model, tokenizer, cache, options.max_num_batched_tokens or max(4096, self.max_model_len),
             None if options.backend == "auto" else options.backend, options.num_threads,
         )  # fmt: skip
-        self.reader = PromptReader(self.config, tokenizer, self.max_model_len)
+        self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
         self._seeds = random.Random(options.seed)
         self._lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
 
@@ -142,6 +145,23 @@ class LLM:
                 unfinished = [
                     (i, s) for i, s in unfinished if s.finish_reason is None or not _sent_all(s, sent[i, s.index])
                 ]
+
+    def beam_search(
+        self, prompts: Prompts, params: BeamSearchParams | SequenceOf[BeamSearchParams]
+    ) -> list[BeamSearchOutput]:
+        """The best hypotheses of every prompt, as transformers' ``generate(num_beams=...)`` finds them.
+
+        ``params`` are one for all or one a prompt. Raises ValueError for a bad prompt or parameter before anything
+        runs.
+        """
+        requests = [
+            search_request(self.reader, self._next_id(), prompt, own) for prompt, own in _paired(prompts, params)
+        ]
+        pending = _in_reverse(requests)
+        with self._queued(requests):
+            while pending:
+                self._step_for(pending)
+        return [search_output(request, self.tokenizer) for request in requests]
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raises the ValueError that ``generate`` would."""
@@ -199,14 +219,8 @@ class LLM:
 
     def _requests(self, prompts: Prompts, params: Params) -> list[Request]:
         """Every prompt, read and checked; nothing is queued yet."""
-        if not isinstance(prompts, str | Mapping | SequenceOf):
-            raise ValueError(f"prompts are a prompt or a list of them, got {prompts!r:.80}")
-        several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        one = SamplingParams() if params is None else params
-        each = params if isinstance(params, list | tuple) else [one] * len(several)
-        if len(each) != len(several):
-            raise ValueError(f"{len(several)} prompts but {len(each)} params: give one for all, or one each")
-        return [self._request(prompt, own) for prompt, own in zip(several, each, strict=True)]
+        params = SamplingParams() if params is None else params
+        return [self._request(prompt, own) for prompt, own in _paired(prompts, params)]
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
@@ -216,6 +230,17 @@ class LLM:
 
     def _next_id(self) -> str:
         return str(next(self.engine.request_ids))
+
+
+def _paired(prompts: Prompts, params: T | SequenceOf[T]) -> list[tuple[Prompt, T]]:
+    """Every prompt with its parameters, which are one for all or one a prompt. Raises ValueError for anything else."""
+    if not isinstance(prompts, str | Mapping | SequenceOf):
+        raise ValueError(f"prompts are a prompt or a list of them, got {prompts!r:.80}")
+    several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+    each = params if isinstance(params, list | tuple) else [params] * len(several)
+    if len(each) != len(several):
+        raise ValueError(f"{len(several)} prompts but {len(each)} params: give one for all, or one each")
+    return list(zip(several, each, strict=True))
 
 
 def _output(request: Request) -> RequestOutput:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
+from engine.logits_rules import rules_of
 from engine.request import Request, Sequence
 from engine.sampling import SamplingParams
 from models.config import TransformerConfig
@@ -31,6 +32,7 @@ class PromptReader:
         """The request for a prompt, with its ``n`` sequences; sample i draws from ``seed + i``."""
         self._check_params(params)
         request = self._read(request_id, prompt, params)
+        request.rules = rules_of(self.generation, params.no_repeat_ngram_size)
         length = len(request.prompt_token_ids)
         if length >= self.max_model_len:
             raise ValueError(

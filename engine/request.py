@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from engine.logits_rules import NO_RULES, GenerationRules
 from engine.sampling import SamplingParams
 from models.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
+    from engine.beam_search import BeamSearch
     from engine.kv_cache import Row
     from kernels.sampling import SampleResult
 
@@ -71,6 +73,35 @@ class ScoreOutput:
 
 
 @dataclass
+class BeamSequence:
+    """A hypothesis of a beam search. ``tokens`` is the decoder's prompt with ``token_ids``, those generated, behind it.
+
+    ``score`` is cum_logprob / len(token_ids) ** length_penalty; forced and end tokens are in ``token_ids``, special
+    ones not in ``text``. ``finish_reason`` is "stop" for one that ends with an end token, else "length".
+    """
+
+    token_ids: list[int]
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    score: float
+    finish_reason: FinishReason
+
+
+@dataclass
+class BeamSearchOutput:
+    """A request and its hypotheses, best first; none where ``error`` says what went wrong."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    encoder_prompt: str | None
+    encoder_prompt_token_ids: list[int] | None
+    sequences: list[BeamSequence]
+    error: str | None = None
+
+
+@dataclass
 class Sequence:
     """One sample of a request while it runs. ``token_ids`` starts with the decoder's prompt."""
 
@@ -114,7 +145,10 @@ class Sequence:
 
 @dataclass(eq=False)
 class Request:
-    """What was asked for, checked and tokenised. ``prompt_token_ids`` is the decoder's prompt, start token included."""
+    """What was asked for, checked and tokenised. ``prompt_token_ids`` is the decoder's prompt, start token included.
+
+    ``sequences`` are samples, or the beams of the search ``beams``; ``rules`` bind their tokens.
+    """
 
     request_id: str
     prompt: str | None
@@ -123,6 +157,13 @@ class Request:
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
     sequences: list[Sequence] = field(default_factory=list)
+    beams: BeamSearch | None = None
+    rules: GenerationRules = NO_RULES
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Those that the next step runs: all samples, or the beams there are, which is one for the prompt."""
+        return self.sequences if self.beams is None else self.sequences[: len(self.beams.token_ids)]
 
     @property
     def finished(self) -> bool:

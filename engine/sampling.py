@@ -29,6 +29,8 @@ class SamplingParams:
         stop_token_ids: tokens that end it besides the end token. ignore_eos: go on after the end token.
         logprobs: None, or how many of the likeliest tokens to report besides the chosen one, 128 at most.
         skip_special_tokens: leave special tokens out of the text.
+        no_repeat_ngram_size: no run of so many tokens occurs twice in prompt and output; 0 is off.
+        task: of the model's ``task_specific_params``, whose prefix goes before the source.
     """
 
     n: int = 1
@@ -47,22 +49,27 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    no_repeat_ngram_size: int = 0
+    task: str | None = None
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1, MAX_SAMPLES)
-        _number("temperature", self.temperature, 0, math.inf)
-        _number("top_p", self.top_p, 0, 1, open_low=True)
-        _integer("top_k", self.top_k, -1, MAX_TOP_K)
-        _number("min_p", self.min_p, 0, 1)
-        _number("presence_penalty", self.presence_penalty, -2, 2)
-        _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        check_integer("n", self.n, 1, MAX_SAMPLES)
+        check_number("temperature", self.temperature, 0, math.inf)
+        check_number("top_p", self.top_p, 0, 1, open_low=True)
+        check_integer("top_k", self.top_k, -1, MAX_TOP_K)
+        check_number("min_p", self.min_p, 0, 1)
+        check_number("presence_penalty", self.presence_penalty, -2, 2)
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, None)
+        if not isinstance(self.task, str | None):
+            raise ValueError(f"task must be the name of a task, got {self.task!r}")
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, None)
+            check_integer("max_tokens", self.max_tokens, 1, None)
         if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+            check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.stop is not None and not isinstance(self.stop, str | list | tuple):
             raise ValueError(f"stop must be a string or a list of them, got {self.stop!r}")
         if any(not isinstance(text, str) or not text for text in self.stop_strings):
@@ -70,7 +77,7 @@ class SamplingParams:
         if self.stop_token_ids is not None and not isinstance(self.stop_token_ids, list | tuple):
             raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         for token_id in self.stop_token_ids or ():
-            _integer("stop_token_ids", token_id, 0, None)
+            check_integer("stop_token_ids", token_id, 0, None)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -84,7 +91,8 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
-def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+def check_number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    """Raises ValueError unless ``value`` is a number from ``low`` (itself left out where ``open_low``) to ``high``."""
     start = f"({low}" if open_low else f"[{low}"
     end = "infinity)" if high == math.inf else f"{high}]"
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -96,7 +104,8 @@ def _number(name: str, value: object, low: float, high: float, open_low: bool = 
     raise ValueError(f"{name} must be a number in {start}, {end}, got {value!r}")
 
 
-def _integer(name: str, value: object, low: int, high: int | None) -> None:
+def check_integer(name: str, value: object, low: int, high: int | None) -> None:
+    """Raises ValueError unless ``value`` is an integer from ``low`` to ``high`` (None: to any)."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.kv_cache import KVCache
@@ -11,9 +12,11 @@ from engine.request import Request, Sequence
 
 @dataclass
 class Schedule:
-    """One step's sequences, and the requests among them that are new: their sources are to be encoded first."""
+    """One step's samples and beam searches, and the requests among both that are new: their sources are to be encoded
+    first."""
 
     sequences: list[Sequence]
+    searches: list[Request]
     requests: list[Request]
 
 
@@ -24,10 +27,11 @@ class Scheduler:
         self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Sequence] = []
+        self.searching: list[Request] = []
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.searching)
 
     def blocks_needed(self, request: Request) -> int:
         source = self.cache.blocks_for(len(request.encoder_prompt_token_ids or ()))
@@ -36,13 +40,14 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that even an empty engine could not hold."""
         blocks, rows = self.blocks_needed(request), len(request.sequences)
+        rows_are = "n" if request.beams is None else "beam_width"
         if blocks > self.cache.num_blocks:
             raise ValueError(
                 f"the request needs {blocks} cache blocks and the engine has {self.cache.num_blocks}: lower max_tokens "
-                "or n, or raise kv_cache_memory_bytes"
+                f"or {rows_are}, or raise kv_cache_memory_bytes"
             )
         if rows > len(self.cache.tables):
-            raise ValueError(f"n is {rows}, more than max_num_seqs {len(self.cache.tables)}")
+            raise ValueError(f"{rows_are} is {rows}, more than max_num_seqs {len(self.cache.tables)}")
 
     def add(self, request: Request) -> None:
         self.check(request)
@@ -58,15 +63,16 @@ class Scheduler:
                 break
             tokens += cost
             admitted.append(self._admit(self.waiting.popleft()))
-        return Schedule(self.running, admitted)
+        return Schedule(self.running, self.searching, admitted)
 
     def retire(self) -> None:
         """Frees what finished sequences hold."""
-        for sequence in self.running:
+        for sequence in self._holding_rows():
             if sequence.finish_reason is not None and sequence.row is not None:
                 self.cache.release(sequence.row, clear=sequence.error is not None)
                 sequence.row = None
         self.running = [sequence for sequence in self.running if sequence.row is not None]
+        self.searching = [request for request in self.searching if not request.finished]
 
     def abort(self, request_id: str) -> None:
         """Ends a request, waiting or running."""
@@ -75,10 +81,15 @@ class Scheduler:
                 for sequence in request.sequences:
                     sequence.finish("abort")
         self.waiting = deque(request for request in self.waiting if request.request_id != request_id)
-        for sequence in self.running:
+        for sequence in self._holding_rows():
             if sequence.request.request_id == request_id:
                 sequence.finish("abort")
         self.retire()
+
+    def _holding_rows(self) -> Iterator[Sequence]:
+        yield from self.running
+        for request in self.searching:
+            yield from request.sequences
 
     def _fits(self, request: Request) -> bool:
         enough_rows = len(request.sequences) <= self.cache.num_free_rows
@@ -90,9 +101,12 @@ class Scheduler:
             source = self.cache.take_source(len(request.encoder_prompt_token_ids))
         for sequence in request.sequences:
             sequence.row = self.cache.take_row(sequence.max_length, source)
-        self.running += request.sequences
+        if request.beams is None:
+            self.running += request.sequences
+        else:
+            self.searching.append(request)
         return request
 
 
 def _prefill_tokens(request: Request) -> int:
-    return len(request.encoder_prompt_token_ids or ()) + sum(len(s.token_ids) for s in request.sequences)
+    return len(request.encoder_prompt_token_ids or ()) + sum(len(s.token_ids) for s in request.live)

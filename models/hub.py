@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from models.files import CheckpointError
@@ -61,10 +64,12 @@ def _cached(repository: str) -> Path | None:
 
 
 def _downloaded(repository: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     absent = f"there is no folder {repository}, and the Hub"
+    if not _resolves(constants.ENDPOINT):
+        raise CheckpointError(f"{absent} cannot be reached: its address is unknown here")
     try:
         files = HfApi().list_repo_files(repository)
         patterns = SAFETENSORS_PATTERNS if set(SAFETENSORS_PATTERNS) & set(files) else TORCH_PATTERNS
@@ -76,3 +81,14 @@ def _downloaded(repository: str) -> Path:
     except Exception as error:  # what the HTTP client underneath raises has changed between versions
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{absent} cannot be reached: {reason}") from None
+
+
+def _resolves(address: str) -> bool:
+    """Whether a machine's name is known: asking first spares who is offline the client's half minute of retries."""
+    if urllib.request.getproxies():
+        return True  # where names are the proxy's to look up
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(address).hostname, None)
+    except OSError:
+        return False
+    return True

@@ -53,7 +53,7 @@ def test_interactive_answers_line_by_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere", "--prompt", "a"], "no model folder"),
+        (["--model", "nowhere", "--prompt", "a"], "no folder"),
         (["--model", "MODEL", "--prompt", "a", "--temperature", "-1"], "temperature"),
         (["--model", "MODEL", "--input", "missing.txt", "--output", "o.jsonl"], "no input file"),
         (["--model", "MODEL", "--input", "EMPTY", "--output", "o.jsonl"], "is empty"),

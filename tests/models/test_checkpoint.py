@@ -65,7 +65,7 @@ BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (add_a_weight, "stray"),
     (reshape_a_weight, r"decoder.norm.weight is \(3,\)"),
     (change_config, "not a multiple of heads|does not divide"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
     (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     (lambda folder: (folder / "config.json").write_text("[]"), "JSON object"),

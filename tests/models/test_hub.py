@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from models import hub
 from models.files import CheckpointError
 from models.hub import resolve_folder
 
@@ -21,6 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the Hub, which cannot be reached."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_resolves", lambda address: True)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "hub"
 

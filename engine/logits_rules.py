@@ -1,0 +1,102 @@
+"""Rules on the next token that look at the sequence so far: what must come, and what must not.
+
+The meaning and the order are those of transformers' logits processors. Rules only set entries, to 0 or to minus
+infinity, so they apply to logits (sampling) as to log-probabilities (beam search, whose sums then leave a forced token
+out, as in transformers).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.generation import GenerationConfig
+
+
+@dataclass(frozen=True)
+class GenerationRules:
+    """What a model or a request asks of generated tokens; the default asks nothing.
+
+    Attributes:
+        eos_ids: the end tokens, for min_new_tokens; bad_words cannot ban them.
+        forced_bos_id: comes right after a decoder prompt of one token. forced_eos_id: comes last, at the length limit.
+        suppress_ids: never come. begin_suppress_ids: do not come first (after forced_bos_id, where that is forced).
+        bad_words: sequences of tokens that are never completed.
+        no_repeat_ngram_size: no n-gram of this size occurs twice, prompt included; 0 is off.
+        min_new_tokens: no end token before so many others.
+    """
+
+    eos_ids: tuple[int, ...] = ()
+    forced_bos_id: int | None = None
+    forced_eos_id: int | None = None
+    suppress_ids: tuple[int, ...] = ()
+    begin_suppress_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+
+    @property
+    def ask_nothing(self) -> bool:
+        return self == GenerationRules(eos_ids=self.eos_ids)
+
+
+def rules_of(generation: GenerationConfig, no_repeat_ngram_size: int) -> GenerationRules:
+    """The rules of a model and, beside them, of one request."""
+    return GenerationRules(
+        generation.eos_ids, generation.forced_bos_id, generation.forced_eos_id, generation.suppress_ids,
+        generation.begin_suppress_ids, generation.bad_words, no_repeat_ngram_size,
+    )  # fmt: skip
+
+
+NO_RULES = GenerationRules()
+
+
+def apply_rules(scores: Tensor, token_ids: Tensor, rules: GenerationRules, num_prompt: int, max_length: int) -> None:
+    """Applies one request's rules, in place, to the scores (rows, vocab) of the token after each row of ``token_ids``.
+
+    ``token_ids`` are int64 (rows, length), the decoder's prompt of ``num_prompt`` tokens included; ``max_length`` is
+    the longest they may grow. A later rule overrides an earlier one: suppressing a forced token leaves nothing.
+    """
+    length = token_ids.shape[1]
+    ban_repeated_ngrams(scores, token_ids, rules.no_repeat_ngram_size)
+    for word in rules.bad_words:
+        if len(word) > 1 or word[0] not in rules.eos_ids:
+            ban_word(scores, token_ids, word)
+    if length - num_prompt < rules.min_new_tokens:
+        scores[:, list(rules.eos_ids)] = -math.inf
+    if rules.forced_bos_id is not None and length == 1:
+        force(scores, rules.forced_bos_id)
+    if rules.forced_eos_id is not None and length == max_length - 1:
+        force(scores, rules.forced_eos_id)
+    scores[:, list(rules.suppress_ids)] = -math.inf
+    forced_first = num_prompt == 1 and rules.forced_bos_id is not None
+    if length == num_prompt + forced_first:
+        scores[:, list(rules.begin_suppress_ids)] = -math.inf
+
+
+def force(scores: Tensor, token_id: int) -> None:
+    """Leaves this one token."""
+    scores.fill_(-math.inf)
+    scores[:, token_id] = 0.0
+
+
+def ban_word(scores: Tensor, token_ids: Tensor, word: tuple[int, ...]) -> None:
+    """Bans the last token of ``word`` where the tokens before it have just come."""
+    *start, last = word
+    if len(start) <= token_ids.shape[1]:
+        tail = token_ids[:, token_ids.shape[1] - len(start) :]
+        scores[(tail == torch.tensor(start, dtype=torch.int64)).all(1), last] = -math.inf
+
+
+def ban_repeated_ngrams(scores: Tensor, token_ids: Tensor, size: int) -> None:
+    """Bans every token that would complete an n-gram of this size a second time."""
+    length = token_ids.shape[1]
+    if not 0 < size <= length:
+        return
+    windows = token_ids.unfold(1, size, 1)  # (rows, windows, size)
+    last_tokens = token_ids[:, None, length + 1 - size :]
+    rows, at = (windows[..., :-1] == last_tokens).all(-1).nonzero(as_tuple=True)
+    scores[rows, windows[rows, at, -1]] = -math.inf
