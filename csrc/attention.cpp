@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "attention_kernels.h"
@@ -175,13 +176,13 @@ class BiasGradients {
         return result_ == nullptr ? nullptr : shares_.data() + (b * batch_.heads + head) * width_;
     }
 
-    void sum() {
+    void sum() const {
         if (result_ == nullptr) return;
-        for (int64_t i = 0; i < batch_.heads * width_; ++i) {
-            double total = 0;
-            for (int64_t b = 0; b < batch_.batch; ++b) total += share(b, 0)[i];
-            result_[i] = static_cast<float>(total);
-        }
+        const int64_t size = batch_.heads * width_;
+        std::vector<double> totals(static_cast<size_t>(size));
+        for (auto one = shares_.begin(); one != shares_.end(); one += size)
+            std::transform(totals.begin(), totals.end(), one, totals.begin(), std::plus<>());
+        std::transform(totals.begin(), totals.end(), result_, [](double x) { return static_cast<float>(x); });
     }
 
   private:

@@ -207,7 +207,10 @@ struct BackwardRows {
         rows.transpose(grad_out, 1.0f, grad_out_transposed);
         rows.gather(gradients.out, spare);
         // exp(score - inf) is the 0 that a row without keys wants, and the lanes behind the last row.
-        for (int64_t i = 0; i < kRowBlock; ++i) lse[i] = kInfinity, delta[i] = 0;
+        for (int64_t i = 0; i < kRowBlock; ++i) {
+            lse[i] = kInfinity;
+            delta[i] = 0;
+        }
         rows.for_each(gradients.lse, [&](int64_t i, const float* from) {
             lse[i] = *from == -kInfinity ? kInfinity : *from;
             delta[i] = dot(grad_out + i * rows.width, spare + i * rows.width, rows.width);

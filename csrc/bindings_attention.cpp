@@ -20,8 +20,8 @@ using tandem::HeadFloats;
 using tandem::TokenRows;
 
 using Optional = std::optional<py::array>;
-using Scores =
-    std::tuple<int64_t, float, Optional, Optional>;  // window, softcap, alibi_slopes, distance_bias
+// window, softcap, alibi_slopes, distance_bias, as tandem::ScoreOptions has them
+using Scores = std::tuple<int64_t, float, Optional, Optional>;
 
 std::string shape_of(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
 

@@ -45,13 +45,13 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each packed sequence begins, from 0 to tokens.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; needed when packed.
         key_lengths: int (batch,), how many of the padded keys are real.
-        window: a query at key position p = i + seqlen_k - seqlen_q sees keys j with |j - p| < window (Mistral,
-            arXiv:2310.06825).
+        window: a query sees the keys j with |j - p| < window (Mistral, arXiv:2310.06825). Query i stands at key
+            position p = i + seqlen_k - seqlen_q, of the padded lengths where padded.
         softcap: after the scale a score becomes softcap * tanh(score / softcap); 0 for none (Gemma 2,
             arXiv:2408.00118).
         alibi_slopes: float32 (heads,), without gradient: a score is lowered by slope * |j - p| (ALiBi,
             arXiv:2108.12409).
-        relative_bias: a learned bias a head and distance j - p (T5, arXiv:1910.10683), with gradient.
+        relative_bias: adds a learned number a head and distance j - p to a score (T5, arXiv:1910.10683).
         dropout_p: drops attention weights; the caller passes 0 outside training.
         return_lse: also return the scores' log-sum-exp, float32: (batch, heads, seqlen_q) or packed
             (heads, tokens_q).
@@ -211,8 +211,8 @@ def _packed(
     distance = None
     if causal or options is not None:
         rows = torch.arange(max_seqlen_q, device=q.device)[None, :] + (lengths_k - lengths_q)[:, None]
-        distance = keys[None, None, :] - rows[:, :, None]
-        mask = mask & (distance <= 0)[:, None] if causal else mask
+        mask = mask & (keys[None, None, :] <= rows[:, :, None])[:, None] if causal else mask
+        distance = None if options is None else keys[None, None, :] - rows[:, :, None]
     real_q = torch.arange(max_seqlen_q, device=q.device)[None, :] < lengths_q[:, None]
     real_k = keys[None, :] < lengths_k[:, None]
     padded = unpack(q, real_q), unpack(k, real_k), unpack(v, real_k)

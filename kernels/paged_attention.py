@@ -55,7 +55,8 @@ def paged_attention(
         cu_seqlens_q: int32 (batch + 1,), where each sequence's queries begin in q.
         max_seqlen_q: the most queries of one sequence.
         causal: aligned bottom-right, so the last query of a sequence sees all its keys.
-        window, softcap, alibi_slopes, relative_bias: as for ``kernels.attention.attention``.
+        window, softcap, alibi_slopes, relative_bias: as for ``kernels.attention.attention``; p is the query's
+            own place in its sequence, cache_seqlens less the queries that come after it and itself.
         backend: ``native`` (C++, reads the blocks in place; float32 on a CPU, head_dim at most 256, no
             gradients), ``torch`` (gathers the blocks for SDPA) or ``reference``; chosen by
             ``kernels.backend`` unless given.
@@ -94,8 +95,9 @@ def paged_attention(
     real = rows < lengths_q[:, None]
     distance = None
     if causal or options is not None:
-        distance = keys[None, None, :] - (rows + (cache_seqlens - lengths_q)[:, None])[:, :, None]
-        mask = mask & (distance <= 0)[:, None] if causal else mask
+        places = rows + (cache_seqlens - lengths_q)[:, None]
+        mask = mask & (keys[None, None, :] <= places[:, :, None])[:, None] if causal else mask
+        distance = None if options is None else keys[None, None, :] - places[:, :, None]
     return sdpa_with_options(unpack(q, real), k, v, mask, distance, options, softmax_scale)[real]
 
 

@@ -254,6 +254,12 @@ def test_only_the_table_wants_a_gradient() -> None:
     )
 
 
+def test_an_empty_batch_has_no_gradient() -> None:
+    table = Shape(bias=T5).table(2).requires_grad_()
+    out = attention(*torch.zeros(3, 0, 5, 2, 16), relative_bias=RelativeBias(table, 128, True), backend="native")
+    assert not torch.autograd.grad(out.sum(), table)[0].any()
+
+
 def test_gradient_through_the_log_sum_exp() -> None:
     def run(backend: str) -> tuple[Tensor, ...]:
         inputs = [x.requires_grad_() for x in Case(20, 30, kv_heads=1, causal=True).inputs()]
