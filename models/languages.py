@@ -28,27 +28,33 @@ class Languages:
     Args:
         tokens: the special token of every language, by its code.
         before, after: the special tokens around a source text, "{}" for its language's.
+
+    Attributes:
         source, target: the codes chosen.
     """
 
-    def __init__(
-        self, tokens: dict[str, str], before: list[str], after: list[str], source: str | None, target: str | None
-    ) -> None:
+    def __init__(self, tokens: dict[str, str], before: list[str], after: list[str]) -> None:
         self.tokens, self.before, self.after = tokens, before, after
-        self.source, self.target = source, target
+        self.source: str | None = None
+        self.target: str | None = None
 
     @classmethod
     def of(cls, config: TokenizerConfig, vocabulary: Any) -> Languages | None:
-        """None for a tokenizer whose class knows no languages."""
+        """None for a tokenizer whose class knows no languages. Raises ConfigError where the files choose an unknown."""
         if config.kind not in FRAMES:
             return None
         before, after = FRAMES[config.kind]
         if config.kind == "Nllb" and config.values.get("legacy_behaviour"):
             before, after = LEGACY_NLLB_FRAME
         names = sorted(filter(LANGUAGE_TOKEN.fullmatch, vocabulary.get_vocab()))
-        source = config.values.get("src_lang") or DEFAULT_LANGUAGE[config.kind]
-        tokens = {name.strip("_"): name for name in names}
-        return cls(tokens, before, after, source if source in tokens else None, config.values.get("tgt_lang"))
+        languages = cls({name.strip("_"): name for name in names}, before, after)
+        for side, code in (("source", config.values.get("src_lang")), ("target", config.values.get("tgt_lang"))):
+            if code is not None:
+                languages.language_id(code, vocabulary)
+                setattr(languages, side, code)
+        if languages.source is None and DEFAULT_LANGUAGE[config.kind] in languages.tokens:
+            languages.source = DEFAULT_LANGUAGE[config.kind]
+        return languages
 
     def language_id(self, code: str, vocabulary: Any) -> int:
         """The id of a language's token. Raises ConfigError for a code that is none."""

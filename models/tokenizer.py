@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding
 from tokenizers import Tokenizer as Vocabulary
 
+from models.chat_template import read_chat_template, render_chat
 from models.config import ConfigError
 from models.languages import Languages
 from models.text_stream import TextStream
 from models.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from models.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
 from models.vocabulary_training import (
     TokenizerKind,
     is_our_own,
@@ -25,17 +26,11 @@ from models.vocabulary_training import (
 )
 
 __all__ = [
-    "Encoding", "SpecialTokens", "TextStream", "Tokenizer", "TokenizerKind", "Vocabulary", "is_unicode",
+    "SpecialTokens", "TextStream", "Tokenizer", "TokenizerKind", "Vocabulary", "is_unicode",
     "read_vocabulary", "train_vocabulary",
 ]  # fmt: skip
 
-SOURCE_FILE, TARGET_FILE = "tokenizer.json", "target_tokenizer.json"
-# Every file that any of the tokenizers read here may need, written back as it was by save.
-FOREIGN_FILES = (
-    SOURCE_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "target_vocab.json", "source.spm", "target.spm", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+TARGET_FILE = "target_tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -166,12 +161,24 @@ class Tokenizer:
             raise ConfigError("this tokenizer has no languages to choose from")
         return self.languages
 
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, **variables: object
+    ) -> str:
+        """The prompt a chat model expects for these messages, each with a role and a content.
+
+        ``variables`` are the template's own, such as tools; a model with several templates has one for those with
+        tools. Raises ConfigError for a template that fails, takes long or writes too much, and for a tokenizer without
+        one, ValueError for messages that are none.
+        """
+        variables = {**self.special.named(), **variables, "add_generation_prompt": add_generation_prompt}
+        return render_chat(self.chat_template, messages, variables)
+
     def save(self, folder: Path) -> None:
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
         if self.files:
             return
-        self.source.save(str(folder / SOURCE_FILE))
+        self.source.save(str(folder / VOCABULARY_FILE))
         if self.target is not self.source:
             self.target.save(str(folder / TARGET_FILE))
         if self.special != OUR_OWN:
@@ -184,38 +191,29 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
         """The tokenizer of a folder, ours or Hugging Face's; None where it has none. Raises ConfigError if broken."""
-        if not (folder / SOURCE_FILE).exists():
-            return None
-        if not (folder / CONFIG_FILE).exists() and is_our_own(vocabulary := parse_vocabulary(folder / SOURCE_FILE)):
+        own = not (folder / CONFIG_FILE).exists() and (folder / VOCABULARY_FILE).exists()
+        if own and is_our_own(vocabulary := parse_vocabulary(folder / VOCABULARY_FILE)):
             target = folder / TARGET_FILE
             return cls(prepared(vocabulary), read_vocabulary(target) if target.exists() else None)
         return _load_foreign(folder)
 
 
-def _load_foreign(folder: Path) -> Tokenizer:
+def _load_foreign(folder: Path) -> Tokenizer | None:
     config = TokenizerConfig.read(folder)
-    vocabulary = parse_vocabulary(folder / SOURCE_FILE)
-    _add_tokens(vocabulary, config)
-    vocabulary.encode_special_tokens = bool(config.values.get("split_special_tokens", False))
-    special = {key: token for key, token in config.named.items() if vocabulary.token_to_id(token) is not None}
+    vocabularies = read_vocabularies(folder, config)
+    if vocabularies is None:
+        return None
+    source, target = vocabularies
+    special = {key: token for key, token in config.named.items() if source.token_to_id(token) is not None}
     return Tokenizer(
-        vocabulary,
+        source,
+        target,
         special=SpecialTokens.of(special),
-        chat_template=config.values.get("chat_template"),
-        languages=Languages.of(config, vocabulary),
-        clean_up_spaces=_cleans_up(config, vocabulary),
-        files={name: (folder / name).read_bytes() for name in FOREIGN_FILES if (folder / name).is_file()},
+        chat_template=read_chat_template(folder, config.values),
+        languages=Languages.of(config, source),
+        clean_up_spaces=_cleans_up(config, source),
+        files={name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()},
     )
-
-
-def _add_tokens(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
-    """Makes special what the files beside tokenizer.json call special, which older ones do not list themselves."""
-    present = vocabulary.get_added_tokens_decoder().values()
-    tokens = [token for _, token in sorted(config.added.items()) if repr(token) not in set(map(repr, present))]
-    known = {token.content for token in [*present, *tokens]}
-    wanted = [config.named[key] for key in config.stated] + config.extra
-    tokens += [config.added_token(content) for content in dict.fromkeys(wanted) if content not in known]
-    vocabulary.add_tokens([token for token in tokens if token.content])
 
 
 def _cleans_up(config: TokenizerConfig, vocabulary: Vocabulary) -> bool:

@@ -1,0 +1,98 @@
+"""Vocabularies from their parts, as files of several formats hold them: byte-level BPE, sentencepiece BPE, unigram."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Vocabulary
+
+SPACE = "▁"  # what sentencepiece writes for a space
+PrependScheme = Literal["always", "first", "never"]
+
+
+def byte_level_bpe(
+    vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str | None = None, add_prefix_space: bool = False,
+    ignore_merges: bool = False,
+) -> Vocabulary:  # fmt: skip
+    """BPE over the bytes of a text, which have no unknown token; GPT-2's, BART's, Llama 3's, Qwen's.
+
+    Args:
+        vocab: tokens in GPT-2's alphabet of printable characters for bytes.
+        pattern: the regular expression that finds the words merges stay within; GPT-2's unless given.
+        add_prefix_space: encode a text as if a space stood before it.
+        ignore_merges: a word that is a token needs no merges, as in Llama 3.
+    """
+    vocabulary = Vocabulary(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    if pattern is None:
+        vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    else:
+        words = pre_tokenizers.Split(Regex(pattern), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
+        vocabulary.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    vocabulary.decoder = decoders.ByteLevel()
+    return vocabulary
+
+
+def sentencepiece_bpe(
+    vocab: dict[str, int], merges: list[tuple[str, str]] | None = None, unk: str | None = None,
+    byte_fallback: bool = True, prepend: PrependScheme = "first",
+) -> Vocabulary:  # fmt: skip
+    """Sentencepiece's BPE, as Llama and Mistral have it: spaces are kept, what has no piece becomes bytes.
+
+    Args:
+        vocab: the pieces; their order is the rank of merges where those are not given.
+        prepend: whether a text starts with a space: always, only where no special token goes before it, or never.
+    """
+    merges = ranked_merges(vocab) if merges is None else merges
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback)
+    vocabulary = Vocabulary(model)
+    vocabulary.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=False)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    vocabulary.decoder = decoders.Sequence(steps if prepend == "never" else [*steps, decoders.Strip(" ", 1, 0)])
+    return vocabulary
+
+
+def sentencepiece_unigram(
+    pieces: list[tuple[str, float]], unk_id: int, charsmap: bytes = b"", byte_fallback: bool = False,
+    split_at_whitespace: bool = True,
+) -> Vocabulary:  # fmt: skip
+    """Sentencepiece's unigram model, as T5 and mBART have it: the pieces whose scores add up to most.
+
+    Args:
+        pieces: every piece with its score, in the order of ids.
+        charsmap: sentencepiece's table that normalises characters.
+        split_at_whitespace: drop white space of every kind; otherwise only runs of spaces become one.
+    """
+    vocabulary = Vocabulary(models.Unigram(pieces, unk_id=unk_id, byte_fallback=byte_fallback))
+    frame_words(vocabulary, charsmap, split_at_whitespace)
+    if byte_fallback:
+        vocabulary.decoder = decoders.Sequence([decoders.ByteFallback(), vocabulary.decoder])
+    return vocabulary
+
+
+def frame_words(vocabulary: Vocabulary, charsmap: bytes, split_at_whitespace: bool) -> None:
+    """Makes a vocabulary normalise text and start every word with sentencepiece's space."""
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    metaspace: Any = pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=True)
+    if split_at_whitespace:
+        metaspace = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+    else:
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if steps:
+        vocabulary.normalizer = normalizers.Sequence(steps)
+    vocabulary.pre_tokenizer = metaspace
+    vocabulary.decoder = decoders.Metaspace(SPACE, prepend_scheme="always", split=True)
+
+
+def ranked_merges(vocab: dict[str, int], scores: dict[str, float] | None = None) -> list[tuple[str, str]]:
+    """The merges sentencepiece's BPE makes: any two pieces that join into a third, the best third first.
+
+    Best is the highest score, or the lowest id where no scores are given.
+    """
+    merges = []
+    for piece, rank in vocab.items():
+        splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        worth = rank if scores is None else -scores[piece]
+        merges += [(worth, len(left), left, right) for left, right in splits if left in vocab and right in vocab]
+    return [(left, right) for *_, left, right in sorted(merges, key=lambda merge: merge[:2])]
