@@ -1,0 +1,135 @@
+"""GGUF files, llama.cpp's format, read as if they were the Hugging Face folder they were converted from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.files import CheckpointError
+from models.gguf_config import ROPE_FACTORS, read_config
+from models.gguf_file import GgufFile
+from models.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from models.weights import Weights
+
+SLICE = 1 << 22  # elements dequantised at a time, which bounds the memory for it beside the result
+
+LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.#.attn_norm": "model.layers.#.input_layernorm",
+    "blk.#.attn_q": "model.layers.#.self_attn.q_proj",
+    "blk.#.attn_k": "model.layers.#.self_attn.k_proj",
+    "blk.#.attn_v": "model.layers.#.self_attn.v_proj",
+    "blk.#.attn_output": "model.layers.#.self_attn.o_proj",
+    "blk.#.ffn_norm": "model.layers.#.post_attention_layernorm",
+    "blk.#.ffn_gate": "model.layers.#.mlp.gate_proj",
+    "blk.#.ffn_up": "model.layers.#.mlp.up_proj",
+    "blk.#.ffn_down": "model.layers.#.mlp.down_proj",
+}
+
+
+def open_gguf(path: Path) -> tuple[dict[str, Any], Weights, GgufVocabulary | None]:
+    """What config.json would hold, the weights under their Hugging Face names, and the vocabulary if the file has one.
+
+    Raises CheckpointError for a file that is broken, or of a model, a tensor type or a vocabulary unknown to us.
+    """
+    file = GgufFile(path)
+    config, vocabulary = read_config(file), read_vocabulary(file)
+    if vocabulary is not None:
+        ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": vocabulary.pad_id}
+        config |= ids
+    return config, GgufWeights(file, config), vocabulary
+
+
+class GgufWeights:
+    """A GGUF file's tensors under their Hugging Face names, each dequantised to float32 when it is read."""
+
+    def __init__(self, file: GgufFile, config: dict[str, Any]) -> None:
+        _check_types(file)
+        self._file = file
+        self._sources = _source_names(file, _t5_names(config) if config["model_type"] == "t5" else LLAMA_NAMES)
+        # llama.cpp turns neighbours, Hugging Face the halves of a head: converting reorders the rows that are turned.
+        turned = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        self._turned_heads = {name: config[key] for name, key in turned.items() if key in config}
+
+    def names(self) -> list[str]:
+        return list(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[self._sources[name]].shape
+
+    def read(self, name: str) -> Tensor:
+        values = _dequantise(self._file, self._sources[name])
+        heads = self._turned_heads.get(name.split(".")[-2])
+        return values if heads is None else self._halved(name, values, heads)
+
+    def _halved(self, name: str, values: Tensor, heads: int) -> Tensor:
+        """The rows of every head, interleaved pairs, as a first half and a second."""
+        if values.shape[0] % (2 * heads):
+            raise CheckpointError(f"{self._file.path}: {name} is {tuple(values.shape)}, not pairs of rows a head")
+        return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+
+
+def _check_types(file: GgufFile) -> None:
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    for kind in {tensor.kind for tensor in file.tensors.values()}:
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            name = next(name for name, tensor in file.tensors.items() if tensor.kind == kind)
+            raise CheckpointError(f"{file.path}: {name} is {kind.name}, which cannot be dequantised") from None
+
+
+def _source_names(file: GgufFile, names: dict[str, str]) -> dict[str, str]:
+    """The file's names by the Hugging Face names they stand for."""
+    sources = {}
+    for source in file.tensors:
+        stem, _, suffix = source.rpartition(".")
+        number = re.search(r"(?<=blk\.)\d+(?=\.)", stem)
+        target = names.get(stem.replace(f"blk.{number[0]}.", "blk.#.", 1) if number else stem)
+        if target is not None and suffix in ("weight", "bias"):
+            sources[f"{target.replace('#', number[0]) if number else target}.{suffix}"] = source
+        elif source != ROPE_FACTORS:  # which config.json says in other words
+            raise CheckpointError(f"{file.path} holds {source[:80]}, which no model that we know has")
+    return sources
+
+
+def _t5_names(config: dict[str, Any]) -> dict[str, str]:
+    names = {"token_embd": "shared", "output": "lm_head"}
+    for short, stack in (("enc", "encoder"), ("dec", "decoder")):
+        branches = [("attn", "SelfAttention"), ("cross_attn", "EncDecAttention")][: 1 if short == "enc" else 2]
+        for layer, (branch, module) in enumerate(branches):
+            source, target = f"{short}.blk.#.{branch}", f"{stack}.block.#.layer.{layer}"
+            names[f"{source}_norm"] = f"{target}.layer_norm"
+            names[f"{source}_rel_b"] = f"{target}.{module}.relative_attention_bias"
+            names |= {f"{source}_{part}": f"{target}.{module}.{part}" for part in "qkvo"}
+        source, target = f"{short}.blk.#.ffn", f"{stack}.block.#.layer.{len(branches)}"
+        names[f"{source}_norm"] = f"{target}.layer_norm"
+        names[f"{source}_gate"] = f"{target}.DenseReluDense.wi_0"
+        names[f"{source}_up"] = f"{target}.DenseReluDense.{'wi' if config['feed_forward_proj'] == 'relu' else 'wi_1'}"
+        names[f"{source}_down"] = f"{target}.DenseReluDense.wo"
+        names[f"{short}.output_norm"] = f"{stack}.final_layer_norm"
+    return names
+
+
+def _dequantise(file: GgufFile, name: str) -> Tensor:
+    """The tensor in float32, a view of the file where that is what it holds."""
+    from gguf.quants import dequantize
+
+    tensor, blocks = file.tensors[name], file.blocks(name)
+    if tensor.kind.name == "F32":
+        return torch.from_numpy(blocks.view(np.float32))
+    values = torch.empty(tensor.shape)
+    rows, out = blocks.reshape(-1, blocks.shape[-1]), values.view(-1, tensor.shape[-1]).numpy()
+    step = max(1, SLICE // tensor.shape[-1])
+    for start in range(0, len(rows), step):
+        out[start : start + step] = dequantize(rows[start : start + step], tensor.kind)
+    return values
