@@ -17,7 +17,8 @@ from models.families import family_of
 from models.families.family import Family
 from models.files import CheckpointError, read_json
 from models.generation import GenerationConfig, read_generation
-from models.hub import resolve_folder
+from models.gguf import open_gguf
+from models.hub import GGUF_SUFFIX, resolve_folder
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder, build_model
 from models.weights import SAFETENSORS_FILE, Weights, open_weights
@@ -45,7 +46,7 @@ def load(
     """
     path = resolve_folder(model)
     try:
-        values, weights, tokenizer = _open_folder(path)
+        values, weights, tokenizer = open_gguf(path) if path.suffix == GGUF_SUFFIX else _open_folder(path)
         family = OURS if values.get("model_type") == MODEL_TYPE else family_of(values.get("model_type"))
         config = family.config(values, weights.names())
         with torch.device("meta"):  # no memory, no random numbers: every weight comes from the file

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import processors
 from torch import Tensor
 
 from models.files import CheckpointError
 from models.gguf_config import ROPE_FACTORS, read_config
 from models.gguf_file import GgufFile
 from models.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from models.tokenizer import SpecialTokens, Tokenizer
 from models.weights import Weights
 
 SLICE = 1 << 22  # elements dequantised at a time, which bounds the memory for it beside the result
@@ -34,8 +36,8 @@ LLAMA_NAMES = {
 }
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], Weights, GgufVocabulary | None]:
-    """What config.json would hold, the weights under their Hugging Face names, and the vocabulary if the file has one.
+def open_gguf(path: Path) -> tuple[dict[str, Any], Weights, Tokenizer | None]:
+    """What config.json would hold, the weights under their Hugging Face names, and the tokenizer if the file has one.
 
     Raises CheckpointError for a file that is broken, or of a model, a tensor type or a vocabulary unknown to us.
     """
@@ -44,7 +46,21 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Weights, GgufVocabulary | Non
     if vocabulary is not None:
         ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": vocabulary.pad_id}
         config |= ids
-    return config, GgufWeights(file, config), vocabulary
+    return config, GgufWeights(file, config), None if vocabulary is None else _tokenizer(vocabulary)
+
+
+def _tokenizer(given: GgufVocabulary) -> Tokenizer:
+    def token(token_id: int | None) -> str | None:
+        return None if token_id is None else given.vocabulary.id_to_token(token_id)
+
+    special = SpecialTokens(token(given.bos_id), token(given.eos_id), token(given.pad_id), token(given.unk_id))
+    around = [special.bos if given.add_bos else None, "$A", special.eos if given.add_eos else None]
+    ids = {special.bos: given.bos_id, special.eos: given.eos_id}
+    if given.add_bos or given.add_eos:
+        template = [part for part in around if part is not None]
+        used = [(part, ids[part]) for part in template if part != "$A"]
+        given.vocabulary.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    return Tokenizer(given.vocabulary, special=special, chat_template=given.chat_template)
 
 
 class GgufWeights:
