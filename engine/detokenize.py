@@ -5,10 +5,10 @@ from __future__ import annotations
 from engine.request import Sequence
 
 
-def deliver(sequence: Sequence, token_id: int, eos_ids: tuple[int, ...]) -> None:
+def deliver(sequence: Sequence, token_id: int) -> None:
     """Takes note of a token just appended: an end or stop token, a stop string, the length limit."""
     params = sequence.request.params
-    if token_id in eos_ids and not params.ignore_eos:
+    if token_id in sequence.request.rules.eos_ids and not params.ignore_eos:
         sequence.finish("stop")
     elif token_id in (params.stop_token_ids or ()):
         sequence.finish("stop", stop_reason=token_id)

@@ -73,7 +73,7 @@ class Engine:
             if sequence.request.params.logprobs is not None:
                 sequence.add_logprobs(token_id, result, i, self.tokenizer)
             sequence.token_ids.append(token_id)
-            deliver(sequence, token_id, self.runner.model.generation.eos_ids)
+            deliver(sequence, token_id)
 
 
 def bind(samples: list[Sequence], logits: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -162,6 +163,22 @@ class LLM:
             while pending:
                 self._step_for(pending)
         return [search_output(request, self.tokenizer) for request in requests]
+
+    def set_generation(self, **changes: Any) -> None:
+        """Changes fields of ``models.generation.GenerationConfig`` for the requests to come, such as forced_bos_id."""
+        self.reader.generation = dataclasses.replace(self.reader.generation, **changes)
+
+    def set_languages(self, source: str | None = None, target: str | None = None) -> None:
+        """Chooses the languages of a model of many for the requests to come, by its tokenizer's codes.
+
+        The target's code becomes the first token of every output. Raises ValueError for a model without languages or
+        a code that it does not know.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so no languages to choose from")
+        self.tokenizer.set_languages(source, target)
+        if target is not None:
+            self.set_generation(forced_bos_id=self.tokenizer.language_id(target))
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raises the ValueError that ``generate`` would."""
