@@ -12,8 +12,7 @@ from engine.request import Request, Sequence
 
 @dataclass
 class Schedule:
-    """One step's samples and beam searches, and the requests among both that are new: their sources are to be encoded
-    first."""
+    """One step's samples and beam searches; of the requests behind them the new ones, whose sources come first."""
 
     sequences: list[Sequence]
     searches: list[Request]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import LLM, SamplingParams
+from engine import LLM, BeamSearchParams, SamplingParams
 from kernels.attention import attention
 from tests.conftest import tiny_model
 from train.launch import main
@@ -43,6 +43,18 @@ def test_the_device_decodes_the_tokens_of_the_cpu(architecture: str) -> None:
         outputs = LLM.from_model(model, None, device=device).generate(prompts, params, use_tqdm=False)
         tokens.append([output.outputs[0].token_ids for output in outputs])
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
+def test_the_device_finds_the_beams_of_the_cpu(architecture: str) -> None:
+    prompts = [{"prompt_token_ids": list(range(4, 4 + n))} for n in (1, 17, 5, 33)]
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(architecture, tie_embeddings=False)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # clear preferences: beams that nearly tie may swap
+        outputs = LLM.from_model(model.to(device), None, device=device).beam_search(prompts, BeamSearchParams(4, 20))
+        found.append([[sequence.token_ids for sequence in output.sequences] for output in outputs])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("options", [["training.precision=bf16"], ["training.precision=fp16"]], ids=str)

@@ -182,6 +182,12 @@ def test_log_probabilities_that_leave_nothing_are_an_error(value: float, message
         BeamSearch(BeamSearchParams(3), [1], 9, (EOS,)).advance(torch.full((1, VOCAB), value))
 
 
+def test_rules_that_contradict_each_other_are_an_error() -> None:
+    rules = GenerationRules(eos_ids=(EOS,), forced_bos_id=17, suppress_ids=(17,))
+    with pytest.raises(NoContinuation, match="rules leave no token"):
+        search("marian", BeamSearchParams(4), rules)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("beam_width", 0), ("beam_width", 1025), ("beam_width", 2.0), ("max_tokens", 0), ("length_penalty", float("nan")),
