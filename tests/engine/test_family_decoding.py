@@ -98,7 +98,7 @@ def check_beams(model: Any, llm: LLM, beams: int, combination: tuple[float, bool
         torch.testing.assert_close(scores, result.sequences_scores, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("beams", "combination"), zip([1, 2, 4, 7], COMBINATIONS, strict=True))
+@pytest.mark.parametrize(("beams", "combination"), list(zip([1, 2, 4, 7], COMBINATIONS, strict=True)))
 def test_beams_are_those_of_transformers(
     seq2seq: tuple[Any, LLM], beams: int, combination: tuple[float, bool | str, int, bool]
 ) -> None:
@@ -110,7 +110,7 @@ def all_combinations() -> Iterator[tuple[float, bool | str, int, bool]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combination", all_combinations())
+@pytest.mark.parametrize("combination", list(all_combinations()))
 @pytest.mark.parametrize("beams", [2, 4, 7])
 def test_beams_are_those_of_transformers_in_every_combination(
     seq2seq: tuple[Any, LLM], beams: int, combination: tuple[float, bool | str, int, bool]
