@@ -46,7 +46,8 @@ class GgufFile:
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
         except (OSError, ValueError, struct.error) as error:
-            raise CheckpointError(f"{path} is no GGUF file we can read: {error}") from None
+            reason = " ".join(str(error).split())[:200]  # with names out of the file, which may be anything
+            raise CheckpointError(f"{path} is no GGUF file we can read: {reason}") from None
 
     def blocks(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes, mapped: (..., bytes of a row), for as long as the array lives; writes stay private."""

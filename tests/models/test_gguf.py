@@ -291,7 +291,7 @@ BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (llama(rope__dimension_count=4, attention__key_length=8), "turn 4 of 8"),
     (llama(rope__scaling__type="yarn"), "scaled by yarn"),
     (llama(attention__head_count_kv=3), "not pairs of rows a head"),
-    (other_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)), "holds blk.0.attn_sinks.weight, which no model"),
+    (other_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)), "holds 'blk.0.attn_sinks.weight', which no"),
     (other_tensor("blk.1.ffn_up.weight", (np.ones((4, 32), np.int32), Kind.I32)), "is I32, which cannot be deq"),
     (llama(block_count=3), "block_count is 3, but there are tensors of 2"),
     (lambda path: write(path, "llama", LLAMA_METADATA, {"blk.0.attn_norm.weight": NORM}), "no token_embd.weight"),
