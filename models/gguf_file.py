@@ -146,9 +146,10 @@ def _storage(name: str, shape: tuple[int, ...], number: int) -> tuple[Any, int]:
     """The type of that number and the bytes a tensor of it has."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if number not in GGMLQuantizationType._value2member_map_:
-        raise ValueError(f"{name} is of a type unknown to us, number {number}")
-    kind = GGMLQuantizationType(number)
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        raise ValueError(f"{name} is of a type unknown to us, number {number}") from None
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
         raise ValueError(f"{name} is {shape}, not whole blocks of {block} for {kind.name}")

@@ -234,6 +234,7 @@ def test_the_real_file_reads_as_gguf_reads_it() -> None:
 def test_the_real_file_reads_as_transformers_reads_it() -> None:
     from transformers import AutoModelForCausalLM
 
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate's help")
     file = smollm2()
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     state = theirs.state_dict()
@@ -264,6 +265,7 @@ def other_tensor(name: str, values: Stored) -> Callable[[Path], object]:
     return lambda path: write(path, "llama", LLAMA_METADATA, llama_tensors() | {name: values})
 
 
+EMBEDDING_SHAPE = b"token_embd.weight" + struct.pack("<IQQ", 2, 32, 24)  # the type's number comes next
 BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "is missing"),
     (lambda path: path.mkdir(), "is no GGUF file we can read"),
@@ -277,6 +279,8 @@ BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (patched(8, "<Q", 1 << 60), "truncated or corrupt"),
     (patched(16, "<Q", 1 << 60), "truncated or corrupt"),
     (patched(24, "<Q", 1 << 60), "truncated or corrupt"),
+    (damaged(lambda data: data.replace(EMBEDDING_SHAPE + b"\0", EMBEDDING_SHAPE + b"c")), "unknown to us, number 99"),
+    (damaged(lambda data: data.replace(EMBEDDING_SHAPE + b"\0", EMBEDDING_SHAPE + b"\x0c")), "blocks of 256 for Q4_K"),
     (hostile_array(0, 1 << 60), "truncated or corrupt"),
     (hostile_array(8, 1 << 60), "truncated or corrupt"),
     (hostile_array(9, 3), "array of unknown type 9"),

@@ -151,6 +151,7 @@ def test_a_file_may_have_no_vocabulary(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"ggml__model": "rwkv"}, "'rwkv' vocabulary: expected gpt2, llama, t5"),
+        ({"ggml__model": [1]}, r"'\[1\]' vocabulary"),
         ({"ggml__pre": "viking"}, "pre-tokenizer 'viking': expected one of default, gpt-2, .*smollm"),
         ({"ggml__tokens": ["a", "a", "ab", "<x>"]}, "a token that is listed twice"),
         ({"ggml__tokens": ["a", "b", "ab", "x" * 2000]}, "a token of 2000 characters"),
