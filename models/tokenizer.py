@@ -14,7 +14,7 @@ from models.chat_template import read_chat_template, render_chat
 from models.config import ConfigError
 from models.languages import Languages
 from models.text_stream import TextStream
-from models.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from models.tokenizer_config import CONFIG_FILE, TokenizerConfig, read_json_object
 from models.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
 from models.vocabulary_training import (
     TokenizerKind,
@@ -212,8 +212,17 @@ def _load_foreign(folder: Path) -> Tokenizer | None:
         chat_template=read_chat_template(folder, config.values),
         languages=Languages.of(config, source),
         clean_up_spaces=_cleans_up(config, source),
-        files={name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()},
+        files=_files(folder, config),
     )
+
+
+def _files(folder: Path, config: TokenizerConfig) -> dict[str, bytes]:
+    """The tokenizer's files by name; they say of themselves what the model's config.json had to tell here."""
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if unstated := config.unstated():
+        values = {**read_json_object(folder / CONFIG_FILE), **unstated}
+        files[CONFIG_FILE] = json.dumps(values, indent=2, ensure_ascii=False).encode()
+    return files
 
 
 def _cleans_up(config: TokenizerConfig, vocabulary: Vocabulary) -> bool:

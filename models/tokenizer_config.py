@@ -71,6 +71,13 @@ class TokenizerConfig:
         named = {key: token for key, token in named.items() if values.get(key, "") is not None}
         return cls(kind, values, named, tuple(stated), [_content(token) for token in extra], _added(values, folder))
 
+    def unstated(self) -> dict[str, Any]:
+        """What the tokenizer's files leave to others: the class to the model's config.json, tokens to the class."""
+        found: dict[str, Any] = {key: token for key, token in self.named.items() if key not in self.values}
+        if self.kind and not self.values.get("tokenizer_class"):
+            found["tokenizer_class"] = f"{self.kind}Tokenizer"
+        return found
+
     def added_token(self, content: str) -> AddedToken:
         """A special token, with the spacing rules of its entry in the files where it has one."""
         known = {token.content: token for token in self.added.values()}
