@@ -20,6 +20,7 @@ from models.generation import GenerationConfig
 from models.tokenizer import Tokenizer, train_vocabulary
 from models.transformer import DecoderOnly, EncoderDecoder, build_model
 from tests.engine.test_family_decoding import generated, padded
+from tests.train.test_init_from import fine_tune, write_family
 from tools.convert import main
 from train.launch import main as launch
 
@@ -252,3 +253,23 @@ def test_what_training_wrote_is_read_by_transformers(family: str, tmp_path: Path
     texts = peer.batch_decode(theirs.generate(**batch, max_new_tokens=20), skip_special_tokens=True)
     outputs = LLM(run, device="cpu").generate(sources, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
     assert texts == [output.outputs[0].text for output in outputs]
+
+
+@pytest.mark.parametrize(("family", "name"), [("t5", "T5"), ("bart", "Bart"), ("gpt2", "GPT2")])
+def test_what_was_fine_tuned_goes_back_to_its_family(family: str, name: str, tmp_path: Path) -> None:
+    original = write_family(family, tmp_path / "original")
+    run = fine_tune(family, original, tmp_path / "tuned", "training.num_epochs=1") / "checkpoints" / "last"
+    assert convert(run, tmp_path / "theirs") == 0
+    kind = "LMHeadModel" if family == "gpt2" else "ForConditionalGeneration"
+    theirs, (ours, _) = load_theirs(tmp_path / "theirs", name + kind), models.load(run)
+    ids = ragged(3, 20)[0]
+    with torch.inference_mode():
+        if isinstance(ours, EncoderDecoder):
+            got, wanted = ours(ids, ids), theirs(input_ids=ids, decoder_input_ids=ids).logits
+        else:
+            got, wanted = ours(ids), theirs(input_ids=ids).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    peers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (original, tmp_path / "theirs")]
+    assert peers[0]("to be</s>").input_ids == peers[1]("to be</s>").input_ids
+    generation = [models.load(folder)[0].generation for folder in (original, tmp_path / "theirs")]
+    assert generation[0] == generation[1]
