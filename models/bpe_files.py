@@ -33,11 +33,11 @@ def bpe_vocabulary(folder: Path, config: TokenizerConfig) -> Vocabulary:
 
 def _frame(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
     if config.kind == "Bart":
-        before, after = (config.named[role] for role in ("cls_token", "sep_token"))
+        before, after = (config.token(role) for role in ("cls_token", "sep_token"))
         if None not in (vocabulary.token_to_id(before), vocabulary.token_to_id(after)):
             surround(vocabulary, [before], [after])
     elif config.values.get("add_bos_token"):
-        surround(vocabulary, [config.named["bos_token"]], [])
+        surround(vocabulary, [config.token("bos_token")], [])
 
 
 def read_vocab(path: Path) -> dict[str, int]:

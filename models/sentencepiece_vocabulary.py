@@ -32,7 +32,7 @@ def sentencepiece_vocabulary(path: Path, config: TokenizerConfig) -> Vocabulary:
 
 def _t5(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
     """The pieces as they are, then <extra_id_99> down to <extra_id_0>; a text ends in </s>."""
-    count = int(config.values.get("extra_ids", 100))
+    count = config.count("extra_ids", 100)
     sentinels = [f"<extra_id_{index}>" for index in reversed(range(count))]
     pieces = file.pieces + [(name, 0.0) for name in sentinels]
     vocabulary = sentencepiece_unigram(pieces, file.types.index(UNKNOWN), file.charsmap, file.byte_fallback)
@@ -64,14 +64,14 @@ def _nllb(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
 
 def _pegasus(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
     """<pad>, </s>, two masks and 101 placeholders before the pieces, which lose their own <pad> and </s>."""
-    named = config.named
-    special = [named["pad_token"], named["eos_token"], str(config.values.get("mask_token_sent", "<mask_1>"))]
-    special += [named["mask_token"], *(f"<unk_{index}>" for index in range(2, PEGASUS_OFFSET))]
+    special = [config.token("pad_token"), config.token("eos_token")]
+    special += [str(config.values.get("mask_token_sent", "<mask_1>")), config.token("mask_token")]
+    special += [f"<unk_{index}>" for index in range(2, PEGASUS_OFFSET)]
     pieces = [(name, 0.0) for name in special] + file.pieces[2:]
     unk_id = file.types.index(UNKNOWN) + PEGASUS_OFFSET
     vocabulary = sentencepiece_unigram(pieces, unk_id, file.charsmap, split_at_whitespace=False)
-    _add_special(vocabulary, [*special, *named.values()])
-    surround(vocabulary, [], [named["eos_token"]])
+    _add_special(vocabulary, [*special, *config.named.values()])
+    surround(vocabulary, [], [config.token("eos_token")])
     return vocabulary
 
 
@@ -84,8 +84,8 @@ def _llama(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
     vocabulary = sentencepiece_bpe(vocab, byte_fallback=True, prepend=prepend)  # type: ignore[arg-type]
     _add_special(vocabulary, [*file.names(CONTROL), *config.named.values()])
     vocabulary.add_tokens([AddedToken(name, normalized=False) for name in file.names(USER_DEFINED)])
-    before = [config.named["bos_token"]] if values.get("add_bos_token", True) else []
-    surround(vocabulary, before, [config.named["eos_token"]] if values.get("add_eos_token") else [])
+    before = [config.token("bos_token")] if values.get("add_bos_token", True) else []
+    surround(vocabulary, before, [config.token("eos_token")] if values.get("add_eos_token") else [])
     return vocabulary
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Vocabulary
 from models.chat_template import read_chat_template, render_chat
 from models.config import ConfigError
 from models.languages import Languages
-from models.text_stream import TextStream
+from models.text_stream import TextStream, clean_up
 from models.tokenizer_config import CONFIG_FILE, TokenizerConfig
 from models.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
 from models.vocabulary_training import (
@@ -80,6 +80,7 @@ class Tokenizer:
         self.target = source if target is None else target
         self.special, self.chat_template, self.languages = special, chat_template, languages
         self.clean_up_spaces, self.files = clean_up_spaces, dict(files or {})
+        self._special_ids = _special_ids(self.target)
         if languages is not None:
             languages.frame(self.source)
 
@@ -127,6 +128,12 @@ class Tokenizer:
         """The text of target token ids; an id the vocabulary lacks has none."""
         text = self.decode_as_is(token_ids, skip_special_tokens)
         return clean_up(text) if self.clean_up_spaces else text
+
+    def has_text(self, token_id: int, skip_special_tokens: bool = True) -> bool:
+        """Whether decoding heeds a token: it leaves out those the vocabulary lacks, and special ones if told to."""
+        if self.target.id_to_token(token_id) is None:
+            return False
+        return not (skip_special_tokens and token_id in self._special_ids)
 
     def decode_as_is(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """As ``decode``, before any space is cleaned up."""
@@ -216,17 +223,17 @@ def _load_foreign(folder: Path) -> Tokenizer | None:
     )
 
 
+def _special_ids(vocabulary: Any) -> frozenset[int]:
+    """Of the tokens that decoding may leave out."""
+    if hasattr(vocabulary, "special_ids"):  # one of ours, written in Python
+        return frozenset(vocabulary.special_ids)
+    return frozenset(i for i, token in vocabulary.get_added_tokens_decoder().items() if token.special)
+
+
 def _cleans_up(config: TokenizerConfig, vocabulary: Vocabulary) -> bool:
     # Not for BPE, whose spaces are the text's own, whatever the file says; transformers 5 has it so.
     is_bpe = type(getattr(vocabulary, "model", None)).__name__ == "BPE"
     return bool(config.values.get("clean_up_tokenization_spaces", False)) and not is_bpe
-
-
-def clean_up(text: str) -> str:
-    """The text without the spaces that splitting into words leaves before punctuation and English contractions."""
-    for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(found, found.strip())
-    return text
 
 
 def is_unicode(text: str) -> bool:

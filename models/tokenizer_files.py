@@ -81,10 +81,10 @@ def _add_tokens(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
 
 
 def _byte_vocabulary(config: TokenizerConfig) -> ByteVocabulary:
-    count = int(config.values.get("extra_ids", 125))
+    count = config.count("extra_ids", 125)
     sentinels = config.extra or [f"<extra_id_{index}>" for index in range(count)]
-    special = [config.named[role] for role in ("pad_token", "eos_token", "unk_token")]
-    return ByteVocabulary(special, sentinels, config.named["eos_token"])
+    special = [config.token(role) for role in ("pad_token", "eos_token", "unk_token")]
+    return ByteVocabulary(special, sentinels, config.token("eos_token"))
 
 
 def _marian_vocabularies(folder: Path, config: TokenizerConfig) -> tuple[SpmVocabulary, SpmVocabulary]:
@@ -93,13 +93,11 @@ def _marian_vocabularies(folder: Path, config: TokenizerConfig) -> tuple[SpmVoca
     separate = bool(config.values.get("separate_vocabs", False))
     paths = [folder / "vocab.json", folder / ("target_vocab.json" if separate else "vocab.json")]
     joins = target if separate else source
-    named = config.named
+    unk, after = config.token("unk_token"), [config.token("eos_token")]
     vocabularies = []
     for spm, path in zip((source, target), paths, strict=True):
         vocab, added = _numbered(read_vocab(path), config, path)
-        vocabularies.append(SpmVocabulary(
-            spm, vocab, added, named["unk_token"], after=[named["eos_token"]], joins=joins, gap=" ", finds_target=True
-        ))  # fmt: skip
+        vocabularies.append(SpmVocabulary(spm, vocab, added, unk, after=after, joins=joins, gap=" ", finds_target=True))
     return vocabularies[0], vocabularies[1]
 
 
@@ -111,7 +109,7 @@ def _m2m_vocabulary(folder: Path, config: TokenizerConfig) -> SpmVocabulary:
     vocab |= {f"__{code}__": len(vocab) + index for index, code in enumerate(codes)}
     vocab, added = _numbered(vocab, config, path)
     added += [AddedToken(f"__{code}__", special=True) for code in codes]
-    return SpmVocabulary(load_spm(folder / "sentencepiece.bpe.model"), vocab, added, config.named["unk_token"])
+    return SpmVocabulary(load_spm(folder / "sentencepiece.bpe.model"), vocab, added, config.token("unk_token"))
 
 
 def _numbered(vocab: dict[str, int], config: TokenizerConfig, path: Path) -> tuple[dict[str, int], list[AddedToken]]:
