@@ -23,10 +23,8 @@ def bpe_vocabulary(folder: Path, config: TokenizerConfig) -> Vocabulary:
         raise
     except Exception as error:  # tokenizers raises bare Exception, for a merge of tokens the vocabulary lacks
         raise ConfigError(f"{folder / 'merges.txt'} does not fit vocab.json: {error}") from None
-    named = {key: token for key, token in config.named.items() if token in vocab or key in config.stated}
-    # BART's mask stands for the space before it too.
-    tokens = [AddedToken(token, lstrip=key == "mask_token", special=True) for key, token in named.items()]
-    vocabulary.add_special_tokens(tokens)
+    named = [token for key, token in config.named.items() if token in vocab or key in config.stated]
+    vocabulary.add_special_tokens([AddedToken(token, special=True) for token in named])
     _frame(vocabulary, config)
     return vocabulary
 

@@ -76,7 +76,7 @@ def _pegasus(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
 
 
 def _llama(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
-    """The pieces as they are; <s> before a text and </s> after it where tokenizer_config.json says so."""
+    """The pieces as they are; a text starts with <s> and does not end in </s> unless tokenizer_config.json says so."""
     values, vocab = config.values, {piece: index for index, (piece, _) in enumerate(file.pieces)}
     prepend = "always" if values.get("legacy") else "first"
     if values.get("add_prefix_space") is False:
@@ -96,13 +96,9 @@ def _fairseq_pieces(file: SentencePieceFile, names: list[str]) -> list[tuple[str
 def _fairseq(vocabulary: Vocabulary, names: list[str], config: TokenizerConfig) -> Vocabulary:
     """``names`` are the languages and <mask>, whose ids follow the pieces'; the mask takes the space before it."""
     _add_special(vocabulary, FAIRSEQ_FIRST + names[:-1])
-    vocabulary.add_tokens([config.added_token("<mask>") if "<mask>" in config.extra else _mask(config)])
-    return vocabulary
-
-
-def _mask(config: TokenizerConfig) -> AddedToken:
     stated = {token.content: token for token in config.added.values()}
-    return stated.get("<mask>") or AddedToken("<mask>", lstrip=True, special=True)
+    vocabulary.add_tokens([stated.get("<mask>") or AddedToken("<mask>", lstrip=True, special=True)])
+    return vocabulary
 
 
 def _add_special(vocabulary: Vocabulary, names: list[str]) -> None:

@@ -14,7 +14,7 @@ from models.chat_template import read_chat_template, render_chat
 from models.config import ConfigError
 from models.languages import Languages
 from models.text_stream import TextStream, clean_up
-from models.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from models.tokenizer_config import CONFIG_FILE, TokenizerConfig, read_json_object
 from models.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
 from models.vocabulary_training import (
     TokenizerKind,
@@ -68,7 +68,7 @@ class Tokenizer:
         chat_template: Jinja source, or several by name.
         languages: what ``set_languages`` may choose from, for a translation model of many languages.
         clean_up_spaces: whether decoding removes the space before punctuation.
-        files: the tokenizer's files, which ``save`` writes back as they are.
+        files: the files it was read from, which ``save`` writes back.
     """
 
     def __init__(
@@ -181,15 +181,22 @@ class Tokenizer:
         return render_chat(self.chat_template, messages, variables)
 
     def save(self, folder: Path) -> None:
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
         if self.files:
+            self._save_files(folder)
             return
         self.source.save(str(folder / VOCABULARY_FILE))
         if self.target is not self.source:
             self.target.save(str(folder / TARGET_FILE))
         if self.special != OUR_OWN:
             (folder / CONFIG_FILE).write_text(json.dumps(self._config(), indent=2) + "\n")
+
+    def _save_files(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        if self.languages is not None:
+            chosen = {"src_lang": self.source_language, "tgt_lang": self.target_language}
+            config = read_json_object(folder / CONFIG_FILE) | {key: code for key, code in chosen.items() if code}
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     def _config(self) -> dict[str, Any]:
         config = {**self.special.named(), "clean_up_tokenization_spaces": self.clean_up_spaces}
@@ -219,8 +226,17 @@ def _load_foreign(folder: Path) -> Tokenizer | None:
         chat_template=read_chat_template(folder, config.values),
         languages=Languages.of(config, source),
         clean_up_spaces=_cleans_up(config, source),
-        files={name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()},
+        files=_files(folder, config),
     )
+
+
+def _files(folder: Path, config: TokenizerConfig) -> dict[str, bytes]:
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if config.kind and "tokenizer_class" not in config.values:
+        # The model's config.json told the class; another folder may have another.
+        stated = {**config.values, "tokenizer_class": f"{config.kind}Tokenizer"}
+        files[CONFIG_FILE] = json.dumps(stated, indent=2).encode()
+    return files
 
 
 def _special_ids(vocabulary: Any) -> frozenset[int]:

@@ -73,7 +73,8 @@ def _json_vocabulary(path: Path, config: TokenizerConfig) -> Vocabulary:
 def _add_tokens(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
     """Makes special what the files beside the vocabulary call special, which older ones do not list themselves."""
     present = vocabulary.get_added_tokens_decoder().values()
-    tokens = [token for _, token in sorted(config.added.items()) if repr(token) not in set(map(repr, present))]
+    same = set(map(repr, present))
+    tokens = [token for _, token in sorted(config.added.items()) if repr(token) not in same]
     known = {token.content for token in [*present, *tokens]}
     wanted = [config.named[key] for key in config.stated if key in config.named] + config.extra
     tokens += [config.added_token(content) for content in dict.fromkeys(wanted) if content not in known]
@@ -119,6 +120,6 @@ def _numbered(vocab: dict[str, int], config: TokenizerConfig, path: Path) -> tup
             raise ConfigError(f"{path} lacks the {role} {config.named.get(role)!r}")
     vocab = vocab | {token.content: token_id for token_id, token in config.added.items()}
     names = dict.fromkeys([*(token.content for token in config.added.values()), *config.named.values(), *config.extra])
-    for name in names:
-        vocab.setdefault(name, max(vocab.values()) + 1)
+    first = max(vocab.values()) + 1
+    vocab |= {name: first + index for index, name in enumerate(name for name in names if name not in vocab)}
     return vocab, [config.added_token(name) for name in names if name]

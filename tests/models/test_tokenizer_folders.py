@@ -77,6 +77,19 @@ def test_a_saved_tokenizer_is_the_same(family: str, tmp_path: Path) -> None:
         assert again.encode_target(text) == tokenizer.encode_target(text) == again.encode_target_batch([text])[0]
 
 
+def test_what_the_models_config_told_is_saved_too(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    mbart(first)
+    (first / "tokenizer_config.json").unlink()
+    tokenizer = load(first)
+    tokenizer.set_languages(source="ko_KR", target="fr_XX")
+    tokenizer.save(second)
+    again = load(second)
+    assert (again.source_language, again.target_language) == ("ko_KR", "fr_XX")
+    assert again.encode("Hello") == tokenizer.encode("Hello")
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_ids_beyond_the_vocabulary_have_no_text(family: str, tmp_path: Path) -> None:
     FAMILIES[family](tmp_path)

@@ -27,7 +27,8 @@ TEXTS = [
     "", " ", "   ", "Hello world!", " Hello", "Hello ", "  two  spaces  ", "line one\nline two\n\n", "\ttab",
     "안녕하세요 세계", "😀🎉 emoji 👩‍👩‍👧", "한글과English섞임", "漢字 और हिन्दी ꙮ", "café naïve cœur",
     "don't we're 's . , !",
-    "a</s>b", "x </s> y", "<pad> <unk>", "<s>start", "▁ ▁x", "１２３ ﬁne", "\u00a0nbsp\u2003em", "Hello world! " * 160,
+    "a</s>b", "x </s> y", "<pad> <unk>", "<s>start", "a <mask> b", "<mask_1>c <extra_id_0> d",
+    "▁ ▁x", "１２３ ﬁne", "\u00a0nbsp\u2003em", "Hello world! " * 160,
 ]  # fmt: skip
 
 
