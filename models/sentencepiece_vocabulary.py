@@ -27,7 +27,12 @@ def sentencepiece_vocabulary(path: Path, config: TokenizerConfig) -> Vocabulary:
     if config.kind not in builders:
         what = f"class {config.kind}Tokenizer" if config.kind else "no tokenizer_class"
         raise ConfigError(f"{path} has {what} beside it: expected one of {', '.join(builders)}, or a tokenizer.json")
-    return builders[config.kind](file, config)
+    try:
+        return builders[config.kind](file, config)
+    except ConfigError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception, for a broken table of characters
+        raise ConfigError(f"{path} is broken: {error}") from None
 
 
 def _t5(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:

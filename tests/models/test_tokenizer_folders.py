@@ -254,6 +254,15 @@ def test_broken_files_are_one_sentence(family: str, damage: Any, sentence: str, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_broken_table_of_characters_is_one_sentence(tmp_path: Path) -> None:
+    t5(tmp_path)
+    model = tmp_path / "spiece.model"
+    data = model.read_bytes()
+    model.write_bytes(data[:-50000] + b"\xff" * 1000 + data[-49000:])
+    with pytest.raises(ConfigError, match="is broken"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_vocabulary_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
     with pytest.raises(ConfigError, match=r"vocab\.txt but no vocabulary"):
