@@ -53,8 +53,9 @@ class GenerationConfig:
             "suppress_tokens": list(self.suppress_ids),
             "begin_suppress_tokens": list(self.begin_suppress_ids),
             "bad_words_ids": [list(word) for word in self.bad_words],
+            "task_specific_params": {task: dict(settings) for task, settings in self.tasks.items()},
         }
-        return {name: value for name, value in {**ids, **self.defaults}.items() if value not in (None, [])}
+        return {name: value for name, value in {**ids, **self.defaults}.items() if value not in (None, [], {})}
 
 
 def read_generation(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> GenerationConfig:
@@ -76,8 +77,9 @@ def read_generation(config: Mapping[str, Any], generation: Mapping[str, Any] | N
         suppress_ids=_ids(settings, "suppress_tokens"),
         begin_suppress_ids=_ids(settings, "begin_suppress_tokens"),
         bad_words=tuple(_ids({"bad_words_ids": word}, "bad_words_ids") for word in settings.get("bad_words_ids") or ()),
-        defaults={key: settings[key] for key in DEFAULTS if settings.get(key) is not None},
-        tasks=config.get("task_specific_params") or {},
+        # Sampling is what these files ask for, greedy search what they mean by silence.
+        defaults={"do_sample": False, **{key: settings[key] for key in DEFAULTS if settings.get(key) is not None}},
+        tasks=settings.get("task_specific_params") or {},
     )
 
 

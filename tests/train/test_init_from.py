@@ -30,7 +30,7 @@ BART = {"d_model": 28, "encoder_layers": 2, "decoder_layers": 1, "encoder_attent
         "decoder_attention_heads": 2, "decoder_ffn_dim": 44, "max_position_embeddings": 64}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 28, "d_kv": 10, "d_ff": 44, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 3,
-           "decoder_start_token_id": 0},
+           "decoder_start_token_id": 0, "task_specific_params": {"flip": {"prefix": "flip: ", "max_length": 20}}},
     "bart": {**BART, "decoder_start_token_id": 1, "bos_token_id": 2, "forced_eos_token_id": 1},
     "gpt2": {"n_embd": 28, "n_head": 2, "n_layer": 2, "n_positions": 64, "bos_token_id": 1},
 }  # fmt: skip
@@ -138,6 +138,7 @@ def test_a_family_is_fine_tuned(family: str, folder: Path, tmp_path: Path) -> No
     original, original_tokenizer = models.load(folder)
     assert tokenizer is not None and original_tokenizer is not None
     assert loaded.generation == original.generation
+    assert bool(loaded.generation.tasks) == (family == "t5")
     assert loaded.config.dropout == loaded.config.attention_dropout == 0
     assert loaded.config.float32_residual == original.config.float32_residual == (family == "t5")
     assert tokenizer.encode("to be</s>") == original_tokenizer.encode("to be</s>")

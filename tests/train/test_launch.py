@@ -230,7 +230,9 @@ def test_an_argument_beats_the_file_wherever_it_stands(tmp_path: Path) -> None:
     assert model.config.dim == 32
 
 
-@pytest.mark.parametrize("module", ["train.launch", "engine.generate", "tools.profile", "examples.pronounce"])
+@pytest.mark.parametrize(
+    "module", ["train.launch", "engine.generate", "tools.profile", "tools.convert", "examples.pronounce"]
+)
 def test_every_command_has_help(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
