@@ -17,14 +17,16 @@ from models.language_codes import M2M100
 LINES = [
     "The quick brown fox jumps over the lazy dog.", "It didn't matter, he said; we're here, aren't we?",
     "Hello world! How are you today? I'm fine.", "Le cœur déçu mais l'âme plutôt naïve, café crème.",
-    "안녕하세요, 세계! 오늘 날씨가 좋네요.", "나는 학교에 갑니다. 그는 집에 있습니다.", "Zwölf Boxkämpfer jagen Viktor quer über",
+    "안녕하세요, 세계! 오늘 날씨가 좋네요.", "나는 학교에 갑니다. 그는 집에 있습니다.",
+    "Zwölf Boxkämpfer jagen Viktor quer über",
     "den großen Sylter Deich 1234567890", "Translate English to French: the house is wonderful.", "a b c d e f g h",
     "😀 smile 🎉 party 👍🏽 ok", "One two three four five six seven eight nine ten", "2024-01-31 12:59 (3.14%) [x] {y}",
 ]  # fmt: skip
 # Texts that tokenizers disagree about: spaces, newlines, characters beyond the vocabulary, special tokens.
 TEXTS = [
     "", " ", "   ", "Hello world!", " Hello", "Hello ", "  two  spaces  ", "line one\nline two\n\n", "\ttab",
-    "안녕하세요 세계", "😀🎉 emoji 👩‍👩‍👧", "한글과English섞임", "漢字 और हिन्दी ꙮ", "café naïve cœur", "don't we're 's . , !",
+    "안녕하세요 세계", "😀🎉 emoji 👩‍👩‍👧", "한글과English섞임", "漢字 और हिन्दी ꙮ", "café naïve cœur",
+    "don't we're 's . , !",
     "a</s>b", "x </s> y", "<pad> <unk>", "<s>start", "▁ ▁x", "１２３ ﬁne", "\u00a0nbsp\u2003em", "Hello world! " * 160,
 ]  # fmt: skip
 
