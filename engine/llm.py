@@ -16,12 +16,14 @@ from rich.progress import Progress
 
 from engine.beam_params import BeamSearchParams
 from engine.beam_requests import search_output, search_request
+from engine.defaults import default_params
 from engine.detokenize import released_text
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.options import EngineOptions, resolve_device, resolve_dtype
+from engine.outputs import output_of
 from engine.prompts import Prompt, PromptReader
-from engine.request import BeamSearchOutput, CompletionOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
+from engine.request import BeamSearchOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
 from engine.sampling import SamplingParams
 from engine.score import score_request, score_step
 from models import checkpoint
@@ -110,10 +112,11 @@ class LLM:
     def generate(self, prompts: Prompts, params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the prompts' order. For an encoder-decoder a prompt is the source.
 
-        ``params`` are one for all or one a prompt; ``use_tqdm`` shows a progress bar. Raises ValueError for a bad
-        prompt or parameter before anything runs.
+        ``params`` are one for all or one a prompt; without any, the model's own generation_config.json counts, a beam
+        search included. ``use_tqdm`` shows a progress bar. Raises ValueError for a bad prompt or parameter before
+        anything runs.
         """
-        requests = self._requests(prompts, params)
+        requests = self._requests(prompts, params, beams=True)
         pending = _in_reverse(requests)
         total = len(pending)
         with self._queued(requests), Progress(disable=not use_tqdm, transient=True) as progress:
@@ -121,11 +124,12 @@ class LLM:
             while pending:
                 self._step_for(pending)
                 progress.update(task, completed=total - len(pending))
-        return [_output(request) for request in requests]
+        return [output_of(request, self.tokenizer) for request in requests]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
         """Yields what each step adds. Text never ends inside a character, nor in what may become a stop string.
 
+        Without ``params`` the model's own defaults count, but greedy search stands for beams, which cannot be streamed.
         Closing the iterator aborts what is left.
         """
         requests = self._requests(prompts, params)
@@ -233,10 +237,17 @@ class LLM:
             if pending:
                 self.engine.step()
 
-    def _requests(self, prompts: Prompts, params: Params) -> list[Request]:
-        """Every prompt, read and checked; nothing is queued yet."""
-        params = SamplingParams() if params is None else params
-        return [self._request(prompt, own) for prompt, own in _paired(prompts, params)]
+    def _requests(self, prompts: Prompts, params: Params, beams: bool = False) -> list[Request]:
+        """Every prompt, read and checked; nothing is queued yet. ``beams``: whether defaults may ask for a search."""
+        if params is not None:
+            return [self._request(prompt, own) for prompt, own in _paired(prompts, params)]
+        return [self._default_request(prompt, beams) for prompt, _ in _paired(prompts, None)]
+
+    def _default_request(self, prompt: Prompt, beams: bool) -> Request:
+        params = default_params(self.reader.generation.defaults, self.prompt_length(prompt), beams)
+        if isinstance(params, SamplingParams):
+            return self._request(prompt, params)
+        return search_request(self.reader, self._next_id(), prompt, params)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
@@ -262,22 +273,6 @@ def _paired(prompts: Prompts, params: T | SequenceOf[T]) -> list[tuple[Prompt, T
     if len(each) != len(several):
         raise ValueError(f"{len(several)} prompts but {len(each)} params: give one for all, or one each")
     return list(zip(several, each, strict=True))
-
-
-def _output(request: Request) -> RequestOutput:
-    return RequestOutput(
-        request.request_id, request.prompt, request.prompt_token_ids,
-        [_completion(sequence) for sequence in request.sequences], request.finished,
-        request.encoder_prompt, request.encoder_prompt_token_ids,
-    )  # fmt: skip
-
-
-def _completion(sequence: Sequence) -> CompletionOutput:
-    wanted = sequence.request.params.logprobs is not None
-    return CompletionOutput(
-        sequence.index, sequence.text, sequence.output_ids, sequence.cumulative_logprob if wanted else None,
-        sequence.logprobs if wanted else None, sequence.finish_reason, sequence.stop_reason, sequence.error,
-    )  # fmt: skip
 
 
 def _in_reverse(requests: list[Request]) -> list[Sequence]:

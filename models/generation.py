@@ -9,10 +9,13 @@ from typing import Any
 from models.config import BOS_ID, EOS_ID, LARGEST, PAD_ID, ConfigError
 
 # The keys of generation_config.json that set how tokens are chosen where the caller does not.
-DEFAULTS = (
-    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
-    "max_length", "max_new_tokens", "num_beams", "length_penalty", "early_stopping", "num_return_sequences",
-)  # fmt: skip
+DEFAULTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), (float, int)
+    ),
+    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "max_length", "max_new_tokens", "num_beams"), (int,)),
+    **{"num_return_sequences": (int,), "do_sample": (bool,), "early_stopping": (bool, str)},
+}
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,19 @@ def read_generation(
         suppress_ids=known("suppress_tokens"),
         begin_suppress_ids=known("begin_suppress_tokens"),
         bad_words=tuple(word for word in _bad_words(settings.get("bad_words_ids")) if max(word) < vocab_size),
-        defaults={key: settings[key] for key in DEFAULTS if settings.get(key) is not None},
+        # Sampling is what these files ask for, greedy search what they mean by silence.
+        defaults={"do_sample": False, **_defaults(settings)},
         tasks=_tasks(config.get("task_specific_params")),
     )
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: settings[key] for key in DEFAULTS if settings.get(key) is not None}
+    for key, value in found.items():
+        if type(value) not in DEFAULTS[key]:
+            kinds = " or ".join(kind.__name__ for kind in DEFAULTS[key])
+            raise ConfigError(f"{key} is {str(value)[:80]!r}: expected {kinds}")
+    return found
 
 
 def _bad_words(value: Any) -> list[tuple[int, ...]]:
