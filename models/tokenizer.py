@@ -199,7 +199,9 @@ class Tokenizer:
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     def _config(self) -> dict[str, Any]:
-        config = {**self.special.named(), "clean_up_tokenization_spaces": self.clean_up_spaces}
+        config: dict[str, Any] = {**self.special.named(), "clean_up_tokenization_spaces": self.clean_up_spaces}
+        if self.source.encode_special_tokens:  # which tokenizer.json does not hold
+            config["split_special_tokens"] = True
         return config if self.chat_template is None else {**config, "chat_template": self.chat_template}
 
     @classmethod
