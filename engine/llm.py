@@ -91,11 +91,9 @@ class LLM:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        own = tokenizer is not None and not tokenizer.files  # others may list tokens that their model has no row for
-        if tokenizer is not None and own and tokenizer.target_vocab_size > (self.config.target_vocab_size or 0):
-            raise ValueError(
-                f"the tokenizer has {tokenizer.target_vocab_size} tokens, the model {self.config.target_vocab_size}"
-            )
+        if tokenizer is not None and not tokenizer.files:  # others may list tokens that their model has no row for
+            _check_vocabulary(tokenizer.vocab_size, self.config.vocab_size)
+            _check_vocabulary(tokenizer.target_vocab_size, self.config.target_vocab_size or 0)
         self.max_model_len = options.model_length(self.config)
         weight = next(model.parameters())
         per_block = KVCache.bytes_per_block(self.config, options.block_size, weight.dtype)
@@ -282,6 +280,11 @@ class LLM:
 
     def _next_id(self) -> str:
         return str(next(self.engine.request_ids))
+
+
+def _check_vocabulary(tokens: int, rows: int) -> None:
+    if tokens > rows:
+        raise ValueError(f"the tokenizer has {tokens} tokens, the model {rows}")
 
 
 def _paired(prompts: Prompts, params: T | SequenceOf[T]) -> list[tuple[Prompt, T]]:

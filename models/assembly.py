@@ -36,7 +36,7 @@ def assemble(
     """
     slots = list(_slots(model, family))
     reader = _Reader(weights, family.prefix, where)
-    plan = {slot.names[0]: reader.available(slot) for slot in slots}
+    plan = {slot.names[0]: reader.available(slot.sources) for slot in slots}
     if missing := [slot for slot in slots if plan[slot.names[0]] is None]:
         first = missing[0].sources[0].names[0].split("|")[0]
         raise CheckpointError(f"{where} lacks {len(missing)} weights of the model, the first {first}")
@@ -52,6 +52,20 @@ def assemble(
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, parameter)
     model.to(device)  # the buffers, which no file holds
+
+
+def has_own_head(config: TransformerConfig, weights: Weights, family: Family) -> bool:
+    """Whether a file's head is another than its target embedding, whatever the config says."""
+    if family.weights is None:
+        return False
+    mapping, reader = family.weights(config), _Reader(weights, family.prefix, Path())
+    head, tokens = (
+        reader.available([source_of(name, mapping)]) for name in ("lm_head.weight", "decoder.embedding.tokens.weight")
+    )
+    if head is None or tokens is None:
+        return False
+    (ours,), (theirs,) = head.names, tokens.names
+    return ours != theirs and not torch.equal(weights.read(ours), weights.read(theirs))
 
 
 def _slots(model: nn.Module, family: Family) -> Iterator[Slot]:
@@ -88,9 +102,9 @@ class _Reader:
                 yield name
                 yield name.removeprefix(self.prefix)
 
-    def available(self, slot: Slot) -> Source | None:
-        """The first source of a parameter that the file has all of, under the names it has there."""
-        for source in slot.sources:
+    def available(self, sources: list[Source]) -> Source | None:
+        """The first source that the file has all of, under the names it has there."""
+        for source in sources:
             found = [next((name for name in self.aliases(Source((part,))) if name in self.names), None)
                      for part in source.names]  # fmt: skip
             if None not in found:

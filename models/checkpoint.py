@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.assembly import assemble
+from models.assembly import assemble, has_own_head
 from models.config import MODEL_TYPE, ConfigError, TransformerConfig
 from models.families import family_of
 from models.families.family import Family
@@ -48,10 +50,14 @@ def load(
     try:
         values, weights, tokenizer = open_gguf(path) if path.suffix == GGUF_SUFFIX else _open_folder(path)
         family = OURS if values.get("model_type") == MODEL_TYPE else family_of(values.get("model_type"))
+        if values.get("quantization_config") is not None:
+            raise ConfigError("quantization_config is not supported: load the model it was made of, or a GGUF file")
         config = family.config(values, weights.names())
+        if config.tie_embeddings and has_own_head(config, weights, family):
+            config = dataclasses.replace(config, tie_embeddings=False)
         with torch.device("meta"):  # no memory, no random numbers: every weight comes from the file
             built = build_model(config)
-        built.generation = _generation(path, values)
+        built.generation = _generation(path, values, config.target_vocab_size or config.vocab_size)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
     assemble(built, weights, family, torch.device(device), dtype, where=path)
@@ -65,12 +71,14 @@ def _open_folder(folder: Path) -> tuple[dict[str, Any], Weights, Tokenizer | Non
 OURS = Family(config=lambda values, names: TransformerConfig.from_dict(dict(values)), weights=None)
 
 
-def _generation(path: Path, values: dict[str, Any]) -> GenerationConfig:
+def _generation(path: Path, values: dict[str, Any], vocab_size: int) -> GenerationConfig:
     own = path / GENERATION_FILE
     stored = read_json(own) if own.is_file() else None
     if values.get("model_type") == MODEL_TYPE:
-        return GenerationConfig() if stored is None else read_generation({}, stored)
-    return read_generation(values, stored)
+        return GenerationConfig() if stored is None else read_generation({}, stored, vocab_size)
+    theirs = read_generation(values, stored, vocab_size)
+    # Sampling is what these files ask for; greedy search is what they mean by silence.
+    return replace(theirs, defaults={"do_sample": False, **theirs.defaults})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

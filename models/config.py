@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 MODEL_TYPE = "tandem"
 LARGEST = 1 << 24  # of any size: well beyond every model there is, and a table of it still fits into memory
+DEEPEST = 1024  # blocks of a stack
+LARGEST_TABLE = 1 << 26  # numbers in a table of fixed positions, which no file has to hold: 256 MiB
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 Architecture = Literal["encoder_decoder", "decoder_only"]
@@ -57,6 +59,9 @@ class RopeScaling:
             )
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ConfigError("rope_scaling needs 0 < low_freq_factor < high_freq_factor")
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"rope_scaling.{name} is {getattr(self, name)}: expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -233,11 +238,11 @@ def _described(kinds: tuple[Any, ...]) -> str:
 
 
 def _check_values(config: TransformerConfig) -> None:
-    at_least_one = ("vocab_size", "target_vocab_size", "dim", "depth", "encoder_depth", "heads", "kv_heads", "head_dim",
-                    "ffn_dim", "max_seqlen")  # fmt: skip
-    for name in at_least_one:
-        if not 1 <= getattr(config, name) <= LARGEST:
-            raise ConfigError(f"{name} is {getattr(config, name)}: expected 1 to {LARGEST}")
+    sizes = ("vocab_size", "target_vocab_size", "dim", "heads", "kv_heads", "head_dim", "ffn_dim", "max_seqlen",
+             "relative_buckets", "relative_max_distance")  # fmt: skip
+    for name, largest in [*dict.fromkeys(sizes, LARGEST).items(), ("depth", DEEPEST), ("encoder_depth", DEEPEST)]:
+        if not 1 <= getattr(config, name) <= largest:
+            raise ConfigError(f"{name} is {getattr(config, name)}: expected 1 to {largest}")
     assert config.kv_heads is not None and config.head_dim is not None
     if config.heads % config.kv_heads:
         raise ConfigError(f"kv_heads {config.kv_heads} does not divide heads {config.heads}")
@@ -249,12 +254,16 @@ def _check_values(config: TransformerConfig) -> None:
     if config.positions == "rotary":
         if not 0 < config.rope_fraction <= 1:
             raise ConfigError(f"rope_fraction is {config.rope_fraction}: expected a number in (0, 1]")
+        if not config.rope_theta > 1:
+            raise ConfigError(f"rope_theta is {config.rope_theta}: expected a number above 1")
         if config.rotary_dim % 2 or not config.rotary_dim:
             raise ConfigError(
                 f"rotary positions need an even head_dim, got {config.rotary_dim} rotated of {config.head_dim}"
             )
-    if config.positions in SINUSOIDAL and config.dim % 2:
-        raise ConfigError(f"sinusoidal positions need an even dim, got {config.dim}")
+    if not 0 <= config.position_offset <= LARGEST:
+        raise ConfigError(f"position_offset is {config.position_offset}: expected 0 to {LARGEST}")
+    if config.positions in SINUSOIDAL:
+        _check_sinusoids(config)
     if config.positions == "relative" and (config.relative_buckets < 4 or config.relative_buckets % 4):
         raise ConfigError(f"relative_buckets is {config.relative_buckets}: expected a multiple of 4")
     if config.positions == "relative" and config.relative_max_distance <= config.relative_buckets // 2:
@@ -274,8 +283,18 @@ def _check_values(config: TransformerConfig) -> None:
             raise ConfigError(f"{name} is {getattr(config, name)}: expected a positive number")
 
 
+def _check_sinusoids(config: TransformerConfig) -> None:
+    if config.dim % 2:
+        raise ConfigError(f"sinusoidal positions need an even dim, got {config.dim}")
+    if (config.max_seqlen + config.position_offset) * config.dim > LARGEST_TABLE:
+        raise ConfigError(
+            f"max_seqlen {config.max_seqlen} of dim {config.dim} is too much for sinusoidal positions: "
+            f"expected at most {LARGEST_TABLE // config.dim}"
+        )
+
+
 def _check_attention(config: TransformerConfig) -> None:
-    for name in ("attention_softcap", "logits_softcap", "position_offset"):
+    for name in ("attention_softcap", "logits_softcap"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} is {getattr(config, name)}: expected 0 or more")
     if config.softmax_scale is not None and not config.softmax_scale > 0:

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.config import BOS_ID, EOS_ID, PAD_ID, ConfigError
+from models.config import BOS_ID, EOS_ID, LARGEST, PAD_ID, ConfigError
 
 # The keys of generation_config.json that set how tokens are chosen where the caller does not.
-DEFAULTS = (
-    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
-    "max_length", "max_new_tokens", "num_beams", "length_penalty", "early_stopping", "num_return_sequences",
-)  # fmt: skip
+DEFAULTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), (float, int)
+    ),
+    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "max_length", "max_new_tokens", "num_beams"), (int,)),
+    **{"num_return_sequences": (int,), "do_sample": (bool,), "early_stopping": (bool, str)},
+}
 
 
 @dataclass(frozen=True)
@@ -58,36 +61,71 @@ class GenerationConfig:
         return {name: value for name, value in {**ids, **self.defaults}.items() if value not in (None, [], {})}
 
 
-def read_generation(config: Mapping[str, Any], generation: Mapping[str, Any] | None) -> GenerationConfig:
+def read_generation(
+    config: Mapping[str, Any], generation: Mapping[str, Any] | None, vocab_size: int = LARGEST
+) -> GenerationConfig:
     """From config.json and generation_config.json, None where there is none: older files keep its keys in config.json.
 
-    Raises ConfigError for a value that is no token id.
+    Ids beyond ``vocab_size`` never come, so that nothing has to end at them or suppress them. Raises ConfigError for a
+    value that is no token id, and for such an id where a token is forced.
     """
     # Files of either age may leave one id in config.json alone.
     settings = {**config, **{key: value for key, value in (generation or {}).items() if value is not None}}
-    pad, bos, eos = (_ids(settings, f"{name}_token_id") for name in ("pad", "bos", "eos"))
-    start = _ids(settings, "decoder_start_token_id") or bos
+
+    def known(key: str) -> tuple[int, ...]:
+        return tuple(token_id for token_id in _ids(key, settings.get(key)) if token_id < vocab_size)
+
+    def forced(key: str) -> int | None:
+        token_id = _first(_ids(key, settings.get(key)))
+        if token_id is not None and token_id >= vocab_size:
+            raise ConfigError(f"{key} is {token_id}, beyond the vocabulary of {vocab_size}")
+        return token_id
+
+    bos, start = _first(known("bos_token_id")), forced("decoder_start_token_id")
     return GenerationConfig(
-        start_id=_first(start),
-        bos_id=_first(bos),
-        eos_ids=eos,
-        pad_id=_first(pad),
-        forced_bos_id=_first(_ids(settings, "forced_bos_token_id")),
-        forced_eos_id=_first(_ids(settings, "forced_eos_token_id")),
-        suppress_ids=_ids(settings, "suppress_tokens"),
-        begin_suppress_ids=_ids(settings, "begin_suppress_tokens"),
-        bad_words=tuple(_ids({"bad_words_ids": word}, "bad_words_ids") for word in settings.get("bad_words_ids") or ()),
-        # Sampling is what these files ask for, greedy search what they mean by silence.
-        defaults={"do_sample": False, **{key: settings[key] for key in DEFAULTS if settings.get(key) is not None}},
-        tasks=settings.get("task_specific_params") or {},
+        start_id=bos if start is None else start,
+        bos_id=bos,
+        eos_ids=known("eos_token_id"),
+        pad_id=_first(known("pad_token_id")),
+        forced_bos_id=forced("forced_bos_token_id"),
+        forced_eos_id=forced("forced_eos_token_id"),
+        suppress_ids=known("suppress_tokens"),
+        begin_suppress_ids=known("begin_suppress_tokens"),
+        bad_words=tuple(word for word in _bad_words(settings.get("bad_words_ids")) if max(word) < vocab_size),
+        defaults={key: settings[key] for key in DEFAULTS if settings.get(key) is not None},
+        tasks=_tasks(settings.get("task_specific_params")),
     )
 
 
-def _ids(settings: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = settings.get(key)
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: settings[key] for key in DEFAULTS if settings.get(key) is not None}
+    for key, value in found.items():
+        if type(value) not in DEFAULTS[key]:
+            kinds = " or ".join(kind.__name__ for kind in DEFAULTS[key])
+            raise ConfigError(f"{key} is {str(value)[:80]!r}: expected {kinds}")
+    return found
+
+
+def _bad_words(value: Any) -> list[tuple[int, ...]]:
+    words = [] if value is None else value
+    if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
+        raise ConfigError(f"bad_words_ids is {str(value)[:80]}: expected a list of lists of token ids")
+    return [found for word in words if (found := _ids("bad_words_ids", word))]
+
+
+def _tasks(value: Any) -> Mapping[str, Mapping[str, Any]]:
+    tasks = {} if value is None else value
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        raise ConfigError(f"task_specific_params is {str(value)[:80]}: expected settings by task")
+    if wrong := [task["prefix"] for task in tasks.values() if not isinstance(task.get("prefix") or "", str)]:
+        raise ConfigError(f"the prefix of a task is {str(wrong[0])[:80]}: expected a string")
+    return tasks
+
+
+def _ids(key: str, value: Any) -> tuple[int, ...]:
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-        raise ConfigError(f"{key} is {value!r}: expected a token id or a list of them")
+        raise ConfigError(f"{key} is {str(value)[:80]}: expected a token id or a list of them")
     # Some configs say -1 for none.
     return tuple(token_id for token_id in ids if token_id >= 0)
 

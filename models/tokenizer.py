@@ -199,7 +199,9 @@ class Tokenizer:
             (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     def _config(self) -> dict[str, Any]:
-        config = {**self.special.named(), "clean_up_tokenization_spaces": self.clean_up_spaces}
+        config: dict[str, Any] = {**self.special.named(), "clean_up_tokenization_spaces": self.clean_up_spaces}
+        if self.source.encode_special_tokens:  # which tokenizer.json does not hold
+            config["split_special_tokens"] = True
         return config if self.chat_template is None else {**config, "chat_template": self.chat_template}
 
     @classmethod
@@ -231,11 +233,11 @@ def _load_foreign(folder: Path) -> Tokenizer | None:
 
 
 def _files(folder: Path, config: TokenizerConfig) -> dict[str, bytes]:
+    """The tokenizer's files by name; they say of themselves what the model's config.json had to tell here."""
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    if config.kind and "tokenizer_class" not in config.values:
-        # The model's config.json told the class; another folder may have another.
-        stated = {**config.values, "tokenizer_class": f"{config.kind}Tokenizer"}
-        files[CONFIG_FILE] = json.dumps(stated, indent=2).encode()
+    if unstated := config.unstated():
+        values = {**read_json_object(folder / CONFIG_FILE), **unstated}
+        files[CONFIG_FILE] = json.dumps(values, indent=2, ensure_ascii=False).encode()
     return files
 
 

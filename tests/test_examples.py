@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +49,18 @@ def test_toy_tasks_refuse_an_unknown_one() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.strip().startswith("error: unknown task 'chess'")
+
+
+def test_the_page_on_families_quotes_its_example() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    quoted = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(quoted) == 4
+    code = (ROOT / "examples" / "annalog_family.py").read_text()
+    for block in quoted:
+        assert block in code
+
+
+def test_the_page_on_families_lists_them_all() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(set(FAMILIES) - {"annalog"})  # which an example adds

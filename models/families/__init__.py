@@ -35,6 +35,6 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(model_type: object) -> Family:
     """The family of a config.json's model_type. Raises ConfigError, listing those we have, for another."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type {model_type!r} is not supported: choose from {', '.join(['tandem', *FAMILIES])}")
-    return FAMILIES[str(model_type)]
+    return FAMILIES[model_type]

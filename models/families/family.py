@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from models.config import LARGEST, Activation, ConfigError, RopeScaling, TransformerConfig
+from models.config import LARGEST, Activation, ConfigError, RopeKind, RopeScaling, TransformerConfig
 
 T = TypeVar("T")
 Values = Mapping[str, Any]  # of config.json
@@ -25,8 +25,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
 }
 GATED: dict[Activation, Activation] = {"relu": "reglu", "gelu": "geglu", "gelu_new": "geglu_new", "silu": "swiglu"}
+BEYOND = 1e38
 UNLIMITED = LARGEST  # the max_seqlen of a model whose positions have no end
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES: dict[str, RopeKind | None] = {"default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,21 @@ def need(values: Values, name: str, kind: type[T]) -> T:
     """A key that config.json must have. Raises ConfigError, naming it."""
     if name not in values:
         raise ConfigError(f"config.json lacks {name!r}")
-    value = values[name]
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise ConfigError(f"{name} in config.json is {value!r}: expected {kind.__name__}")
-    return value
+    return _checked(name, values[name], kind)
 
 
-def optional(values: Values, name: str, default: Any) -> Any:
-    """A key that config.json may lack or hold null for."""
+def optional(values: Values, name: str, default: T) -> T:
+    """A key that config.json may lack or hold null for. Raises ConfigError for a value of another type."""
     value = values.get(name)
-    return default if value is None else value
+    return default if value is None else _checked(name, value, type(default))
+
+
+def _checked(name: str, value: Any, kind: type[T]) -> T:
+    fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    # A number that no model has, such as 1e400, which JSON reads as infinity.
+    if not fits or (isinstance(value, int | float) and not abs(value) < BEYOND):
+        raise ConfigError(f"{name} in config.json is {str(value)[:80]!r}: expected {kind.__name__}")
+    return value
 
 
 def refuse_unless(values: Values, name: str, expected: object) -> None:
@@ -129,7 +135,8 @@ def rope(values: Values, *, fraction: float = 1.0, base: str = "rope_theta", par
 
     ``base`` and ``part`` are the older keys of the base and of the fraction that is rotated.
     """
-    given = {**optional(values, "rope_scaling", {}), **optional(values, "rope_parameters", {})}
+    given = {name: value for key in ("rope_scaling", "rope_parameters")
+             for name, value in optional(values, key, dict[str, Any]()).items()}  # fmt: skip
     if any(isinstance(value, dict) for value in given.values()):
         raise ConfigError("rope_parameters that differ from layer to layer are not supported")
     return {
@@ -141,15 +148,14 @@ def rope(values: Values, *, fraction: float = 1.0, base: str = "rope_theta", par
 
 
 def rope_scaling(given: Values, max_seqlen: int) -> RopeScaling | None:
-    kind = optional(given, "rope_type", optional(given, "type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"rope_type {kind!r} is not supported: choose from {', '.join(ROPE_TYPES)}")
-    if kind == "default":
+    theirs = optional(given, "rope_type", optional(given, "type", "default"))
+    if theirs not in ROPE_TYPES:
+        raise ConfigError(f"rope_type {theirs!r} is not supported: choose from {', '.join(ROPE_TYPES)}")
+    kind = ROPE_TYPES[theirs]
+    if kind is None:
         return None
-    factor = need(given, "factor", object)
-    if not isinstance(factor, int | float):
-        raise ConfigError(f"factor of rope_type {kind} is {factor!r}: expected a number")
-    ours = {"original_max_seqlen": optional(given, "original_max_position_embeddings", max_seqlen)}
+    factor = need(given, "factor", float)
+    ours: dict[str, Any] = {"original_max_seqlen": optional(given, "original_max_position_embeddings", max_seqlen)}
     names = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_fast", "beta_slow", "truncate")}
     ours |= {name: given[name] for name in names.get(kind, ()) if given.get(name) is not None}
     if kind == "yarn":
@@ -161,18 +167,15 @@ def _yarn_attention_factor(given: Values, factor: float) -> float:
     def of(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
 
-    if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return of(given["mscale"]) / of(given["mscale_all_dim"])
-    return of(1)
+    mscale, of_all = optional(given, "mscale", 0.0), optional(given, "mscale_all_dim", 0.0)
+    return optional(given, "attention_factor", of(mscale) / of(of_all) if mscale > 0 and of_all > 0 else of(1))
 
 
 def windows(values: Values, depth: int, default_layers: Collection[int]) -> dict[str, Any]:
     """Our window options: their ``sliding_window``, in the layers that ``layer_types`` says, or the default ones."""
     window = values.get("sliding_window")
-    if (types := values.get("layer_types")) is not None:
-        if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
+    if types := optional(values, "layer_types", list[Any]()):
+        if unknown := [kind for kind in types if kind not in ("sliding_attention", "full_attention")]:
             raise ConfigError(f"layer_types holds {unknown[0]!r}: expected sliding_attention or full_attention")
         default_layers = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
     layers = [i for i in default_layers if i < depth]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from models.config import TransformerConfig
+from models.config import ConfigError, TransformerConfig
 from models.families import gemma, llama
 from models.families.family import Entry, Family, Source, Values, activation, optional, plus_one, windows
 
@@ -21,13 +21,16 @@ WEIGHTS: dict[str, Entry] = llama.WEIGHTS | {ours: Source((theirs,), plus_one) f
 def config(values: Values, names: Collection[str]) -> TransformerConfig:
     options = gemma.options(values)
     depth = options["depth"]
+    scalar = optional(values, "query_pre_attn_scalar", 256.0)
+    if not scalar > 0:
+        raise ConfigError(f"query_pre_attn_scalar is {scalar}: expected a positive number")
     return TransformerConfig(
         "decoder_only",
         **options,
         **windows({"sliding_window": 4096, **values}, depth, range(0, depth, 2)),
         norm_place="sandwich",
         activation=activation(values, "hidden_activation", "gelu_pytorch_tanh", gated=True),
-        softmax_scale=optional(values, "query_pre_attn_scalar", 256) ** -0.5,
+        softmax_scale=scalar**-0.5,
         attention_softcap=optional({"attn_logit_softcapping": 50.0, **values}, "attn_logit_softcapping", 0.0),
         logits_softcap=optional({"final_logit_softcapping": 30.0, **values}, "final_logit_softcapping", 0.0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -87,8 +88,8 @@ def options(values: Values, names: Collection[str]) -> dict[str, Any]:
 def config(values: Values, names: Collection[str]) -> TransformerConfig:
     # A config that ties is the original T5's, which scales before its head; T5 1.1 says it does not tie.
     scaled = optional(values, "scale_decoder_outputs", optional(values, "tie_word_embeddings", True))
-    scale = need(values, "d_model", int) ** -0.5 if scaled else 1.0
-    return TransformerConfig("encoder_decoder", **options(values, names), output_scale=scale)
+    ours = TransformerConfig("encoder_decoder", **options(values, names))
+    return dataclasses.replace(ours, output_scale=ours.dim**-0.5) if scaled else ours
 
 
 def weights(config: TransformerConfig) -> Mapping[str, Entry]:

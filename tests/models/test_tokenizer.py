@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Vocabulary
 
 from models import ConfigError
-from models.tokenizer import TextStream, Tokenizer, read_vocabulary, train_vocabulary
+from models.tokenizer import SpecialTokens, TextStream, Tokenizer, read_vocabulary, train_vocabulary
 
 KOREAN = "안녕하세요, 세계! 😀 café"
 
@@ -85,10 +87,18 @@ def test_text_that_says_eos_is_only_text() -> None:
         assert not set(tokenizer.encode("a<eos>b<pad>")) & {0, 1, 2, 3}
 
 
-def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer as Vocabulary
-    from tokenizers import models
+def test_special_tokens_of_others_stay_text_once_saved(tmp_path: Path) -> None:
+    vocabulary = Vocabulary(models.WordLevel({"<s>": 0, "s": 1, "?": 2}, unk_token="?"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    vocabulary.add_special_tokens(["<s>"])
+    vocabulary.encode_special_tokens = True
+    Tokenizer(vocabulary, special=SpecialTokens(bos="<s>", unk="?")).save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded is not None
+    assert loaded.encode("<s>") == [2, 1, 2]
 
+
+def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path: Path) -> None:
     Vocabulary(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>")).save(str(tmp_path / "other.json"))
     with pytest.raises(ConfigError, match="<pad> as token 0"):
         read_vocabulary(tmp_path / "other.json")
