@@ -18,12 +18,14 @@ from rich.progress import Progress
 
 from engine.beam_params import BeamSearchParams
 from engine.beam_requests import search_output, search_request
+from engine.defaults import default_params
 from engine.detokenize import released_text
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.options import EngineOptions, resolve_device, resolve_dtype
+from engine.outputs import output_of
 from engine.prompts import Prompt, PromptReader
-from engine.request import BeamSearchOutput, CompletionOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
+from engine.request import BeamSearchOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
 from engine.sampling import SamplingParams
 from engine.score import score_request, score_step
 from models import checkpoint
@@ -91,7 +93,8 @@ class LLM:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        if tokenizer is not None and tokenizer.target_vocab_size > (self.config.target_vocab_size or 0):
+        own = tokenizer is not None and not tokenizer.files  # others may list tokens that their model has no row for
+        if tokenizer is not None and own and tokenizer.target_vocab_size > (self.config.target_vocab_size or 0):
             raise ValueError(
                 f"the tokenizer has {tokenizer.target_vocab_size} tokens, the model {self.config.target_vocab_size}"
             )
@@ -113,10 +116,11 @@ class LLM:
     def generate(self, prompts: Prompts, params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the prompts' order. For an encoder-decoder a prompt is the source.
 
-        ``params`` are one for all or one a prompt; ``use_tqdm`` shows a progress bar. Raises ValueError for a bad
-        prompt or parameter before anything runs.
+        ``params`` are one for all or one a prompt; without any, the model's own generation_config.json counts, a beam
+        search included. ``use_tqdm`` shows a progress bar. Raises ValueError for a bad prompt or parameter before
+        anything runs.
         """
-        requests = self._requests(prompts, params)
+        requests = self._requests(prompts, params, beams=True)
         pending = _in_reverse(requests)
         total = len(pending)
         with (
@@ -127,11 +131,12 @@ class LLM:
             while pending:
                 self._step_for(pending)
                 progress.update(task, completed=total - len(pending))
-        return [_output(request) for request in requests]
+        return [output_of(request, self.tokenizer) for request in requests]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
         """Yields what each step adds. Text never ends inside a character, nor in what may become a stop string.
 
+        Without ``params`` the model's own defaults count, but greedy search stands for beams, which cannot be streamed.
         Closing the iterator aborts what is left.
         """
         requests = self._requests(prompts, params)
@@ -168,6 +173,29 @@ class LLM:
             while pending:
                 self._step_for(pending)
         return [search_output(request, self.tokenizer) for request in requests]
+
+    def chat(
+        self, messages: SequenceOf[Mapping[str, str]] | SequenceOf[SequenceOf[Mapping[str, str]]],
+        params: Params = None, use_tqdm: bool = True, **variables: Any,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """As ``generate``, of a conversation or a list of them, each a list of {"role": ..., "content": ...}.
+
+        The model's chat template makes prompts of them, given ``variables``. Raises ValueError for a model that has
+        none, or messages that it does not take.
+        """
+        if not isinstance(messages, list | tuple) or not messages:
+            raise ValueError(
+                f"messages are a list of roles and contents, or a list of such lists, got {messages!r:.80}"
+            )
+        several = [messages] if isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_prompt(each, **variables) for each in several], params, use_tqdm)
+
+    def chat_prompt(self, messages: Any, **variables: Any) -> Prompt:
+        """A conversation as a prompt: the template writes the special tokens, so none are added around it."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so no chat template")
+        text = self.tokenizer.apply_chat_template(messages, **variables)
+        return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def set_generation(self, **changes: Any) -> None:
         """Changes fields of ``models.generation.GenerationConfig`` for the requests to come, such as forced_bos_id."""
@@ -239,10 +267,17 @@ class LLM:
             if pending:
                 self.engine.step()
 
-    def _requests(self, prompts: Prompts, params: Params) -> list[Request]:
-        """Every prompt, read and checked; nothing is queued yet."""
-        params = SamplingParams() if params is None else params
-        return [self._request(prompt, own) for prompt, own in _paired(prompts, params)]
+    def _requests(self, prompts: Prompts, params: Params, beams: bool = False) -> list[Request]:
+        """Every prompt, read and checked; nothing is queued yet. ``beams``: whether defaults may ask for a search."""
+        if params is not None:
+            return [self._request(prompt, own) for prompt, own in _paired(prompts, params)]
+        return [self._default_request(prompt, beams) for prompt, _ in _paired(prompts, None)]
+
+    def _default_request(self, prompt: Prompt, beams: bool) -> Request:
+        params = default_params(self.reader.generation.defaults, self.prompt_length(prompt), beams)
+        if isinstance(params, SamplingParams):
+            return self._request(prompt, params)
+        return search_request(self.reader, self._next_id(), prompt, params)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         if not isinstance(params, SamplingParams):
@@ -268,22 +303,6 @@ def _paired(prompts: Prompts, params: T | SequenceOf[T]) -> list[tuple[Prompt, T
 def _can_show_progress() -> bool:
     # In a notebook rich draws with ipywidgets, and warns at every call where they are missing.
     return not get_console().is_jupyter or find_spec("ipywidgets") is not None
-
-
-def _output(request: Request) -> RequestOutput:
-    return RequestOutput(
-        request.request_id, request.prompt, request.prompt_token_ids,
-        [_completion(sequence) for sequence in request.sequences], request.finished,
-        request.encoder_prompt, request.encoder_prompt_token_ids,
-    )  # fmt: skip
-
-
-def _completion(sequence: Sequence) -> CompletionOutput:
-    wanted = sequence.request.params.logprobs is not None
-    return CompletionOutput(
-        sequence.index, sequence.text, sequence.output_ids, sequence.cumulative_logprob if wanted else None,
-        sequence.logprobs if wanted else None, sequence.finish_reason, sequence.stop_reason, sequence.error,
-    )  # fmt: skip
 
 
 def _in_reverse(requests: list[Request]) -> list[Sequence]:

@@ -22,8 +22,9 @@ class RelativeBias:
     table: (num_buckets, heads). max_distance: all keys from here on share a bucket. bidirectional: keys ahead of
         the query get half of the buckets; else they count as distance 0.
 
-    Make one object a forward pass and share it between layers: ``distance_bias`` is computed here, once, and
-    carries the gradient back to the table. Raises ValueError for a table or a max_distance without buckets.
+    Make one object a forward pass, outside what is checkpointed, and share it between layers: ``distance_bias`` is
+    computed here, once, and carries the gradient back to the table.
+    Raises ValueError for a table or a max_distance without buckets.
     """
 
     table: Tensor

@@ -105,7 +105,7 @@ class _Reader:
         if len(source.names) == 1:
             tensor = self._part(source, source.names[0], config)
             self._check(source, tuple(tensor.shape), shape)
-            return tensor.to(device=device, dtype=dtype or tensor.dtype).contiguous()
+            return tensor.to(device=device, dtype=dtype or tensor.dtype)
         rows = [self.weights.shape(name)[0] if self.weights.shape(name) else 0 for name in source.names]
         self._check(source, (sum(rows), *self.weights.shape(source.names[0])[1:]), shape)
         out = torch.empty(shape, device=device, dtype=dtype or self.weights.read(source.names[0]).dtype)

@@ -23,21 +23,19 @@ def bpe_vocabulary(folder: Path, config: TokenizerConfig) -> Vocabulary:
         raise
     except Exception as error:  # tokenizers raises bare Exception, for a merge of tokens the vocabulary lacks
         raise ConfigError(f"{folder / 'merges.txt'} does not fit vocab.json: {error}") from None
-    named = {key: token for key, token in config.named.items() if token in vocab or key in config.stated}
-    # BART's mask stands for the space before it too.
-    tokens = [AddedToken(token, lstrip=key == "mask_token", special=True) for key, token in named.items()]
-    vocabulary.add_special_tokens(tokens)
+    named = [token for key, token in config.named.items() if token in vocab or key in config.stated]
+    vocabulary.add_special_tokens([AddedToken(token, special=True) for token in named])
     _frame(vocabulary, config)
     return vocabulary
 
 
 def _frame(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
     if config.kind == "Bart":
-        before, after = (config.named[role] for role in ("cls_token", "sep_token"))
+        before, after = (config.token(role) for role in ("cls_token", "sep_token"))
         if None not in (vocabulary.token_to_id(before), vocabulary.token_to_id(after)):
             surround(vocabulary, [before], [after])
     elif config.values.get("add_bos_token"):
-        surround(vocabulary, [config.named["bos_token"]], [])
+        surround(vocabulary, [config.token("bos_token")], [])
 
 
 def read_vocab(path: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -41,13 +42,13 @@ def read_chat_template(folder: Path, values: Mapping[str, Any]) -> str | dict[st
 def render_chat(template: str | dict[str, str] | None, messages: object, variables: dict[str, object]) -> str:
     """The prompt for the messages. Raises ConfigError for the template's faults, ValueError for the messages'."""
     check_messages(messages)
-    try:
-        json.dumps(variables)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"a chat template's variables are JSON values: {error}") from None
     # As transformers has it, a template finds no tools and documents rather than undefined ones.
     known = {"tools": None, "documents": None, **variables, "messages": messages}
-    return _renderer.render(_choose(template, variables), known)
+    try:
+        request = json.dumps({"template": _choose(template, variables), "variables": known})
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"messages and a chat template's variables are JSON values: {error}") from None
+    return _renderer.render(request)
 
 
 def check_messages(messages: object) -> None:
@@ -79,15 +80,15 @@ class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
-        self._owner = 0  # the process that started the worker: a fork of it must not share the pipes
 
-    def render(self, template: str, variables: dict[str, object]) -> str:
-        request = json.dumps({"template": template, "variables": variables})
+    def render(self, request: str) -> str:
+        """The text for a line of JSON. Raises ConfigError, in one sentence, where there is none."""
         with self._lock:
             answer = self._ask(request)
+            if not answer:
+                self.close()
         if not answer:
-            self.close()
-            raise ConfigError("the chat template takes longer than a second or ends its process")
+            raise ConfigError("the chat template takes longer than a second, or ends the process that renders it")
         found = json.loads(answer)
         if "error" in found:
             raise ConfigError(f"the chat template {found['error']}")
@@ -105,24 +106,39 @@ class _Renderer:
             return ""
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._worker is None or self._worker.poll() is not None or self._owner != os.getpid():
+        if self._worker is not None and self._worker.poll() is not None:
+            self.close()
+        if self._worker is None:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._worker, self._owner = subprocess.Popen(
+            self._worker = subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)], env=environment, text=True, encoding="utf-8",
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            ), os.getpid()  # fmt: skip
+            )  # fmt: skip
         return self._worker
 
     def close(self) -> None:
+        """Ends the worker, if there is one."""
         worker, self._worker = self._worker, None
-        if worker is None or self._owner != os.getpid():
-            return
-        worker.kill()
-        worker.wait()
-        for pipe in (worker.stdin, worker.stdout):
-            if pipe is not None:
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+            _close_pipes(worker)
+
+    def forget(self) -> None:
+        """Leaves the worker to the process that started it: one forked from it must not share the pipes."""
+        worker, self._worker, self._lock = self._worker, None, threading.Lock()
+        if worker is not None:
+            worker.returncode = 0  # of no concern here
+            _close_pipes(worker)
+
+
+def _close_pipes(worker: subprocess.Popen[str]) -> None:
+    for pipe in (worker.stdin, worker.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):  # what the worker did not read any more
                 pipe.close()
 
 
 _renderer = _Renderer()
 atexit.register(_renderer.close)
+os.register_at_fork(after_in_child=_renderer.forget)

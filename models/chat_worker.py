@@ -67,10 +67,13 @@ def render(source: str, variables: dict[str, Any]) -> dict[str, str]:
     """The text, or in one sentence why there is none."""
     try:
         text = compiled(source).render(variables)
+        text.encode()
     except MemoryError:
         return {"error": "needs too much memory"}
     except RecursionError:
         return {"error": "calls itself too deep"}
+    except UnicodeEncodeError:
+        return {"error": "gives half a character"}
     except Exception as error:  # of any kind: the template is a program
         return {"error": f"fails: {' '.join(str(error).split())[:500] or type(error).__name__}"}
     if len(text) > LONGEST:

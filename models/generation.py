@@ -76,7 +76,8 @@ def read_generation(config: Mapping[str, Any], generation: Mapping[str, Any] | N
         suppress_ids=_ids(settings, "suppress_tokens"),
         begin_suppress_ids=_ids(settings, "begin_suppress_tokens"),
         bad_words=tuple(_ids({"bad_words_ids": word}, "bad_words_ids") for word in settings.get("bad_words_ids") or ()),
-        defaults={key: settings[key] for key in DEFAULTS if settings.get(key) is not None},
+        # Sampling is what these files ask for, greedy search what they mean by silence.
+        defaults={"do_sample": False, **{key: settings[key] for key in DEFAULTS if settings.get(key) is not None}},
         tasks=config.get("task_specific_params") or {},
     )
 

@@ -114,7 +114,7 @@ def _source_names(file: GgufFile, names: dict[str, str]) -> dict[str, str]:
         if target is not None and suffix in ("weight", "bias"):
             sources[f"{target.replace('#', number[0]) if number else target}.{suffix}"] = source
         elif source != ROPE_FACTORS:  # which config.json says in other words
-            raise CheckpointError(f"{file.path} holds {source[:80]}, which no model that we know has")
+            raise CheckpointError(f"{file.path} holds {source[:80]!r}, which no model that we know has")
     return sources
 
 

@@ -115,7 +115,7 @@ def _llama3_scaling(metadata: _Metadata, head_dim: int, theta: float) -> dict[st
     divisors = metadata.file.blocks(ROPE_FACTORS).view(np.float32)
     if (divisors == 1).all():
         return None
-    scaling = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3_ROPE}
+    scaling = {"rope_type": "llama3", "factor": round(float(divisors.max()), 3), **LLAMA3_ROPE}
     if not np.allclose(divisors, llama3_divisors(scaling, head_dim, theta), rtol=1e-4):
         raise metadata.error(f"{ROPE_FACTORS} is a scaling of rotary positions that is not Llama 3's")
     return scaling

@@ -46,7 +46,8 @@ class GgufFile:
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
         except (OSError, ValueError, struct.error) as error:
-            raise CheckpointError(f"{path} is no GGUF file we can read: {error}") from None
+            reason = " ".join(str(error).split())[:200]  # with names out of the file, which may be anything
+            raise CheckpointError(f"{path} is no GGUF file we can read: {reason}") from None
 
     def blocks(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes, mapped: (..., bytes of a row), for as long as the array lives; writes stay private."""
@@ -145,9 +146,10 @@ def _storage(name: str, shape: tuple[int, ...], number: int) -> tuple[Any, int]:
     """The type of that number and the bytes a tensor of it has."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if number not in GGMLQuantizationType._value2member_map_:
-        raise ValueError(f"{name} is of a type unknown to us, number {number}")
-    kind = GGMLQuantizationType(number)
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        raise ValueError(f"{name} is of a type unknown to us, number {number}") from None
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
         raise ValueError(f"{name} is {shape}, not whole blocks of {block} for {kind.name}")

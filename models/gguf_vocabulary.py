@@ -74,7 +74,7 @@ def read_vocabulary(file: GgufFile) -> GgufVocabulary | None:
     name = file.metadata.get("tokenizer.ggml.model", "no_vocab")
     if name == "no_vocab":
         return None
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise CheckpointError(f"{file.path} has a {str(name)[:40]!r} vocabulary: expected {', '.join(KINDS)}")
     kind, metadata = KINDS[name], _Metadata(file)
     try:
@@ -120,7 +120,7 @@ class _Metadata:
             raise self.error(f"no list {key} of {kind.__name__}")
         if length is not None and len(values) != length:
             raise self.error(f"{length} tokens, but {len(values)} of {key}")
-        return values
+        return list(values)
 
     def token_id(self, name: str, default: int | None) -> int | None:
         value = self.get(f"ggml.{name}_token_id", int, default)

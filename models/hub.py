@@ -11,6 +11,7 @@ from models.files import CheckpointError
 from models.weights import INDEX_SUFFIX, SAFETENSORS_FILE, TORCH_FILE, weight_files
 
 GGUF_SUFFIX = ".gguf"
+TIMEOUT = 10  # seconds for the Hub to answer at all: a mistyped folder should not wait long
 # Named one by one: a repository may also hold weights of other precisions and frameworks, larger than what is read.
 SAFETENSORS_PATTERNS = [SAFETENSORS_FILE, SAFETENSORS_FILE + INDEX_SUFFIX, "model-*-of-*.safetensors"]
 TORCH_PATTERNS = [TORCH_FILE, TORCH_FILE + INDEX_SUFFIX, "pytorch_model-*-of-*.bin"]
@@ -71,15 +72,15 @@ def _downloaded(repository: str) -> Path:
     if not _resolves(constants.ENDPOINT):
         raise CheckpointError(f"{absent} cannot be reached: its address is unknown here")
     try:
-        files = HfApi().list_repo_files(repository)
-        patterns = SAFETENSORS_PATTERNS if set(SAFETENSORS_PATTERNS) & set(files) else TORCH_PATTERNS
+        files = {file.rfilename for file in HfApi().model_info(repository, timeout=TIMEOUT).siblings or ()}
+        patterns = SAFETENSORS_PATTERNS if files & set(SAFETENSORS_PATTERNS) else TORCH_PATTERNS
         return Path(snapshot_download(repository, allow_patterns=[*OTHER_PATTERNS, *patterns]))
     except GatedRepoError:
         raise CheckpointError(f"{absent} wants its terms for {repository} accepted, by an account logged in") from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"{absent} has no model of that name, or it is private") from None
     except Exception as error:  # what the HTTP client underneath raises has changed between versions
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise CheckpointError(f"{absent} cannot be reached: {reason}") from None
 
 

@@ -73,7 +73,10 @@ class Languages:
 
 
 def surround(vocabulary: Any, before: list[str], after: list[str]) -> None:
-    """Makes a vocabulary put special tokens before and after what it encodes."""
+    """Makes a vocabulary put special tokens before and after what it encodes. Raises ConfigError for one it lacks."""
+    for token in before + after:
+        if vocabulary.token_to_id(token) is None:
+            raise ConfigError(f"the tokenizer's vocabulary lacks {token}, which its family puts around a text")
     if hasattr(vocabulary, "surround"):  # one of ours, written in Python
         vocabulary.surround(before, after)
         return

@@ -32,6 +32,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Linear(nn.Linear):
     """torch's linear layer over our kernel."""
 
+    def reset_parameters(self) -> None:
+        # Drawing numbers for weights without memory would do nothing but import a second's worth of torch.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -247,6 +252,8 @@ def initialize(module: nn.Module, config: TransformerConfig) -> None:
     assert config.encoder_depth is not None
     decoder_branches = (3 if config.is_encoder_decoder else 2) * config.depth
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue
         if parameter.dim() < 2:
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

@@ -121,18 +121,26 @@ def sinusoids(max_seqlen: int, dim: int, slowest: float) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
 
 
+class Table(nn.Embedding):
+    """torch's embedding, drawn only where it has memory."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Embedding(nn.Module):
     """Token embeddings, scaled and with absolute positions added where the config says so."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int, tokens: nn.Embedding | None = None) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, config.dim) if tokens is None else tokens
+        self.tokens = Table(vocab_size, config.dim) if tokens is None else tokens
         self.scale = config.dim**0.5 if config.scale_embedding else None
         self.offset = config.position_offset
         self.widen = config.float32_residual
         self.dropout = nn.Dropout(config.dropout)
         rows = config.max_seqlen + self.offset
-        self.positions = nn.Embedding(rows, config.dim) if config.positions == "learned" else None
+        self.positions = Table(rows, config.dim) if config.positions == "learned" else None
         self.sinusoids: Tensor | None
         fixed = None
         if config.positions in SINUSOIDAL:

@@ -27,12 +27,17 @@ def sentencepiece_vocabulary(path: Path, config: TokenizerConfig) -> Vocabulary:
     if config.kind not in builders:
         what = f"class {config.kind}Tokenizer" if config.kind else "no tokenizer_class"
         raise ConfigError(f"{path} has {what} beside it: expected one of {', '.join(builders)}, or a tokenizer.json")
-    return builders[config.kind](file, config)
+    try:
+        return builders[config.kind](file, config)
+    except ConfigError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception, for a broken table of characters
+        raise ConfigError(f"{path} is broken: {error}") from None
 
 
 def _t5(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
     """The pieces as they are, then <extra_id_99> down to <extra_id_0>; a text ends in </s>."""
-    count = int(config.values.get("extra_ids", 100))
+    count = config.count("extra_ids", 100)
     sentinels = [f"<extra_id_{index}>" for index in reversed(range(count))]
     pieces = file.pieces + [(name, 0.0) for name in sentinels]
     vocabulary = sentencepiece_unigram(pieces, file.types.index(UNKNOWN), file.charsmap, file.byte_fallback)
@@ -64,19 +69,19 @@ def _nllb(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
 
 def _pegasus(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
     """<pad>, </s>, two masks and 101 placeholders before the pieces, which lose their own <pad> and </s>."""
-    named = config.named
-    special = [named["pad_token"], named["eos_token"], str(config.values.get("mask_token_sent", "<mask_1>"))]
-    special += [named["mask_token"], *(f"<unk_{index}>" for index in range(2, PEGASUS_OFFSET))]
+    special = [config.token("pad_token"), config.token("eos_token")]
+    special += [str(config.values.get("mask_token_sent", "<mask_1>")), config.token("mask_token")]
+    special += [f"<unk_{index}>" for index in range(2, PEGASUS_OFFSET)]
     pieces = [(name, 0.0) for name in special] + file.pieces[2:]
     unk_id = file.types.index(UNKNOWN) + PEGASUS_OFFSET
     vocabulary = sentencepiece_unigram(pieces, unk_id, file.charsmap, split_at_whitespace=False)
-    _add_special(vocabulary, [*special, *named.values()])
-    surround(vocabulary, [], [named["eos_token"]])
+    _add_special(vocabulary, [*special, *config.named.values()])
+    surround(vocabulary, [], [config.token("eos_token")])
     return vocabulary
 
 
 def _llama(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
-    """The pieces as they are; <s> before a text and </s> after it where tokenizer_config.json says so."""
+    """The pieces as they are; a text starts with <s> and does not end in </s> unless tokenizer_config.json says so."""
     values, vocab = config.values, {piece: index for index, (piece, _) in enumerate(file.pieces)}
     prepend = "always" if values.get("legacy") else "first"
     if values.get("add_prefix_space") is False:
@@ -84,8 +89,8 @@ def _llama(file: SentencePieceFile, config: TokenizerConfig) -> Vocabulary:
     vocabulary = sentencepiece_bpe(vocab, byte_fallback=True, prepend=prepend)  # type: ignore[arg-type]
     _add_special(vocabulary, [*file.names(CONTROL), *config.named.values()])
     vocabulary.add_tokens([AddedToken(name, normalized=False) for name in file.names(USER_DEFINED)])
-    before = [config.named["bos_token"]] if values.get("add_bos_token", True) else []
-    surround(vocabulary, before, [config.named["eos_token"]] if values.get("add_eos_token") else [])
+    before = [config.token("bos_token")] if values.get("add_bos_token", True) else []
+    surround(vocabulary, before, [config.token("eos_token")] if values.get("add_eos_token") else [])
     return vocabulary
 
 
@@ -96,13 +101,9 @@ def _fairseq_pieces(file: SentencePieceFile, names: list[str]) -> list[tuple[str
 def _fairseq(vocabulary: Vocabulary, names: list[str], config: TokenizerConfig) -> Vocabulary:
     """``names`` are the languages and <mask>, whose ids follow the pieces'; the mask takes the space before it."""
     _add_special(vocabulary, FAIRSEQ_FIRST + names[:-1])
-    vocabulary.add_tokens([config.added_token("<mask>") if "<mask>" in config.extra else _mask(config)])
-    return vocabulary
-
-
-def _mask(config: TokenizerConfig) -> AddedToken:
     stated = {token.content: token for token in config.added.values()}
-    return stated.get("<mask>") or AddedToken("<mask>", lstrip=True, special=True)
+    vocabulary.add_tokens([stated.get("<mask>") or AddedToken("<mask>", lstrip=True, special=True)])
+    return vocabulary
 
 
 def _add_special(vocabulary: Vocabulary, names: list[str]) -> None:

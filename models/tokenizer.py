@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as Vocabulary
 from models.chat_template import read_chat_template, render_chat
 from models.config import ConfigError
 from models.languages import Languages
-from models.text_stream import TextStream
-from models.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from models.text_stream import TextStream, clean_up
+from models.tokenizer_config import CONFIG_FILE, TokenizerConfig, read_json_object
 from models.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
 from models.vocabulary_training import (
     TokenizerKind,
@@ -68,7 +68,7 @@ class Tokenizer:
         chat_template: Jinja source, or several by name.
         languages: what ``set_languages`` may choose from, for a translation model of many languages.
         clean_up_spaces: whether decoding removes the space before punctuation.
-        files: the tokenizer's files, which ``save`` writes back as they are.
+        files: the files it was read from, which ``save`` writes back.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Tokenizer:
         self.target = source if target is None else target
         self.special, self.chat_template, self.languages = special, chat_template, languages
         self.clean_up_spaces, self.files = clean_up_spaces, dict(files or {})
+        self._special_ids = _special_ids(self.target)
         if languages is not None:
             languages.frame(self.source)
 
@@ -128,6 +129,12 @@ class Tokenizer:
         text = self.decode_as_is(token_ids, skip_special_tokens)
         return clean_up(text) if self.clean_up_spaces else text
 
+    def has_text(self, token_id: int, skip_special_tokens: bool = True) -> bool:
+        """Whether decoding heeds a token: it leaves out those the vocabulary lacks, and special ones if told to."""
+        if self.target.id_to_token(token_id) is None:
+            return False
+        return not (skip_special_tokens and token_id in self._special_ids)
+
     def decode_as_is(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """As ``decode``, before any space is cleaned up."""
         return self.target.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -174,15 +181,22 @@ class Tokenizer:
         return render_chat(self.chat_template, messages, variables)
 
     def save(self, folder: Path) -> None:
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
         if self.files:
+            self._save_files(folder)
             return
         self.source.save(str(folder / VOCABULARY_FILE))
         if self.target is not self.source:
             self.target.save(str(folder / TARGET_FILE))
         if self.special != OUR_OWN:
             (folder / CONFIG_FILE).write_text(json.dumps(self._config(), indent=2) + "\n")
+
+    def _save_files(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        if self.languages is not None:
+            chosen = {"src_lang": self.source_language, "tgt_lang": self.target_language}
+            config = read_json_object(folder / CONFIG_FILE) | {key: code for key, code in chosen.items() if code}
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     def _config(self) -> dict[str, Any]:
         config = {**self.special.named(), "clean_up_tokenization_spaces": self.clean_up_spaces}
@@ -212,21 +226,30 @@ def _load_foreign(folder: Path) -> Tokenizer | None:
         chat_template=read_chat_template(folder, config.values),
         languages=Languages.of(config, source),
         clean_up_spaces=_cleans_up(config, source),
-        files={name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()},
+        files=_files(folder, config),
     )
+
+
+def _files(folder: Path, config: TokenizerConfig) -> dict[str, bytes]:
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if config.kind and "tokenizer_class" not in config.values:
+        # The model's config.json told the class; another folder may have another.
+        stated = {**config.values, "tokenizer_class": f"{config.kind}Tokenizer"}
+        files[CONFIG_FILE] = json.dumps(stated, indent=2).encode()
+    return files
+
+
+def _special_ids(vocabulary: Any) -> frozenset[int]:
+    """Of the tokens that decoding may leave out."""
+    if hasattr(vocabulary, "special_ids"):  # one of ours, written in Python
+        return frozenset(vocabulary.special_ids)
+    return frozenset(i for i, token in vocabulary.get_added_tokens_decoder().items() if token.special)
 
 
 def _cleans_up(config: TokenizerConfig, vocabulary: Vocabulary) -> bool:
     # Not for BPE, whose spaces are the text's own, whatever the file says; transformers 5 has it so.
     is_bpe = type(getattr(vocabulary, "model", None)).__name__ == "BPE"
     return bool(config.values.get("clean_up_tokenization_spaces", False)) and not is_bpe
-
-
-def clean_up(text: str) -> str:
-    """The text without the spaces that splitting into words leaves before punctuation and English contractions."""
-    for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(found, found.strip())
-    return text
 
 
 def is_unicode(text: str) -> bool:

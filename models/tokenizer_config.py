@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from models.config import ConfigError
+from models.config import LARGEST, ConfigError
 
 CONFIG_FILE = "tokenizer_config.json"
 # Where tokenizer_config.json names no class, the model's config.json tells: its model_type has one.
@@ -70,6 +70,19 @@ class TokenizerConfig:
         named = {**DEFAULT_TOKENS.get(kind, {}), **{key: _content(value) for key, value in stated.items()}}
         named = {key: token for key, token in named.items() if values.get(key, "") is not None}
         return cls(kind, values, named, tuple(stated), [_content(token) for token in extra], _added(values, folder))
+
+    def count(self, key: str, default: int) -> int:
+        """A number that tokenizer_config.json may state. Raises ConfigError for anything but a count."""
+        value = self.values.get(key, default)
+        if type(value) is not int or not 0 <= value <= LARGEST:
+            raise ConfigError(f"{CONFIG_FILE} has {value!r} as {key}: expected a number of tokens")
+        return value
+
+    def token(self, role: str) -> str:
+        """The special token of a role its family needs. Raises ConfigError where the files take it away."""
+        if role not in self.named:
+            raise ConfigError(f"{CONFIG_FILE} gives no {role}, which a {self.kind}Tokenizer needs")
+        return self.named[role]
 
     def added_token(self, content: str) -> AddedToken:
         """A special token, with the spacing rules of its entry in the files where it has one."""

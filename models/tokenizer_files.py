@@ -73,7 +73,8 @@ def _json_vocabulary(path: Path, config: TokenizerConfig) -> Vocabulary:
 def _add_tokens(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
     """Makes special what the files beside the vocabulary call special, which older ones do not list themselves."""
     present = vocabulary.get_added_tokens_decoder().values()
-    tokens = [token for _, token in sorted(config.added.items()) if repr(token) not in set(map(repr, present))]
+    same = set(map(repr, present))
+    tokens = [token for _, token in sorted(config.added.items()) if repr(token) not in same]
     known = {token.content for token in [*present, *tokens]}
     wanted = [config.named[key] for key in config.stated if key in config.named] + config.extra
     tokens += [config.added_token(content) for content in dict.fromkeys(wanted) if content not in known]
@@ -81,10 +82,10 @@ def _add_tokens(vocabulary: Vocabulary, config: TokenizerConfig) -> None:
 
 
 def _byte_vocabulary(config: TokenizerConfig) -> ByteVocabulary:
-    count = int(config.values.get("extra_ids", 125))
+    count = config.count("extra_ids", 125)
     sentinels = config.extra or [f"<extra_id_{index}>" for index in range(count)]
-    special = [config.named[role] for role in ("pad_token", "eos_token", "unk_token")]
-    return ByteVocabulary(special, sentinels, config.named["eos_token"])
+    special = [config.token(role) for role in ("pad_token", "eos_token", "unk_token")]
+    return ByteVocabulary(special, sentinels, config.token("eos_token"))
 
 
 def _marian_vocabularies(folder: Path, config: TokenizerConfig) -> tuple[SpmVocabulary, SpmVocabulary]:
@@ -93,13 +94,11 @@ def _marian_vocabularies(folder: Path, config: TokenizerConfig) -> tuple[SpmVoca
     separate = bool(config.values.get("separate_vocabs", False))
     paths = [folder / "vocab.json", folder / ("target_vocab.json" if separate else "vocab.json")]
     joins = target if separate else source
-    named = config.named
+    unk, after = config.token("unk_token"), [config.token("eos_token")]
     vocabularies = []
     for spm, path in zip((source, target), paths, strict=True):
         vocab, added = _numbered(read_vocab(path), config, path)
-        vocabularies.append(SpmVocabulary(
-            spm, vocab, added, named["unk_token"], after=[named["eos_token"]], joins=joins, gap=" ", finds_target=True
-        ))  # fmt: skip
+        vocabularies.append(SpmVocabulary(spm, vocab, added, unk, after=after, joins=joins, gap=" ", finds_target=True))
     return vocabularies[0], vocabularies[1]
 
 
@@ -111,7 +110,7 @@ def _m2m_vocabulary(folder: Path, config: TokenizerConfig) -> SpmVocabulary:
     vocab |= {f"__{code}__": len(vocab) + index for index, code in enumerate(codes)}
     vocab, added = _numbered(vocab, config, path)
     added += [AddedToken(f"__{code}__", special=True) for code in codes]
-    return SpmVocabulary(load_spm(folder / "sentencepiece.bpe.model"), vocab, added, config.named["unk_token"])
+    return SpmVocabulary(load_spm(folder / "sentencepiece.bpe.model"), vocab, added, config.token("unk_token"))
 
 
 def _numbered(vocab: dict[str, int], config: TokenizerConfig, path: Path) -> tuple[dict[str, int], list[AddedToken]]:
@@ -121,6 +120,6 @@ def _numbered(vocab: dict[str, int], config: TokenizerConfig, path: Path) -> tup
             raise ConfigError(f"{path} lacks the {role} {config.named.get(role)!r}")
     vocab = vocab | {token.content: token_id for token_id, token in config.added.items()}
     names = dict.fromkeys([*(token.content for token in config.added.values()), *config.named.values(), *config.extra])
-    for name in names:
-        vocab.setdefault(name, max(vocab.values()) + 1)
+    first = max(vocab.values()) + 1
+    vocab |= {name: first + index for index, name in enumerate(name for name in names if name not in vocab)}
     return vocab, [config.added_token(name) for name in names if name]

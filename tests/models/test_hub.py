@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -87,7 +88,8 @@ def test_one_kind_of_weights_is_downloaded(
         asked.update(options)
         return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repository: files)
+    siblings = [SimpleNamespace(rfilename=file) for file in files]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, timeout: SimpleNamespace(siblings=siblings))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_folder("owner/name") == tmp_path
     patterns = asked["allow_patterns"]
@@ -96,10 +98,10 @@ def test_one_kind_of_weights_is_downloaded(
 
 
 def test_what_the_hub_lacks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(self: object, repository: str) -> list[str]:
+    def missing(self: object, repository: str, timeout: float) -> None:
         raise huggingface_hub.errors.RepositoryNotFoundError.__new__(huggingface_hub.errors.RepositoryNotFoundError)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", missing)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", missing)
     with pytest.raises(CheckpointError, match="no folder owner/name, and the Hub has no model of that name"):
         resolve_folder("owner/name")
 

@@ -152,6 +152,13 @@ def drop_shard(folder: Path) -> None:
     (folder / "model-00002-of-00003.safetensors").unlink()
 
 
+class Code:
+    """What a pickle would have run, if it were read as pickles usually are."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.system, ("exit 1",)
+
+
 SHARD = "model-00001-of-00003.safetensors"
 BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: None, "no weights: looked for model.safetensors, .*index.json, pytorch_model.bin, "),
@@ -171,9 +178,11 @@ BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (truncated(write_torch, "pytorch_model.bin"), "pytorch_model.bin is truncated or corrupt"),
     (truncated(write_legacy_torch, "pytorch_model.bin"), "pytorch_model.bin is truncated or corrupt"),
     (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin is truncated or corrupt"),
+    (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"nothing"), "pytorch_model.bin is truncated or corru"),
     (store([torch.ones(1)]), "pytorch_model.bin does not hold a dict of named tensors"),
     (store({"epoch": 3}), "pytorch_model.bin does not hold a dict of named tensors"),
     (store({"tensor": torch.ones(1), "path": Path("x")}), "pytorch_model.bin holds Python objects"),
+    (store({"tensor": torch.ones(1), "code": Code()}), "pytorch_model.bin holds Python objects"),
 ]
 
 

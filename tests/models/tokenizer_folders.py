@@ -12,20 +12,23 @@ import sentencepiece
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from models.language_codes import M2M100
+from models.language_codes import M2M100, NLLB
 
 LINES = [
     "The quick brown fox jumps over the lazy dog.", "It didn't matter, he said; we're here, aren't we?",
     "Hello world! How are you today? I'm fine.", "Le cœur déçu mais l'âme plutôt naïve, café crème.",
-    "안녕하세요, 세계! 오늘 날씨가 좋네요.", "나는 학교에 갑니다. 그는 집에 있습니다.", "Zwölf Boxkämpfer jagen Viktor quer über",
+    "안녕하세요, 세계! 오늘 날씨가 좋네요.", "나는 학교에 갑니다. 그는 집에 있습니다.",
+    "Zwölf Boxkämpfer jagen Viktor quer über",
     "den großen Sylter Deich 1234567890", "Translate English to French: the house is wonderful.", "a b c d e f g h",
     "😀 smile 🎉 party 👍🏽 ok", "One two three four five six seven eight nine ten", "2024-01-31 12:59 (3.14%) [x] {y}",
 ]  # fmt: skip
 # Texts that tokenizers disagree about: spaces, newlines, characters beyond the vocabulary, special tokens.
 TEXTS = [
     "", " ", "   ", "Hello world!", " Hello", "Hello ", "  two  spaces  ", "line one\nline two\n\n", "\ttab",
-    "안녕하세요 세계", "😀🎉 emoji 👩‍👩‍👧", "한글과English섞임", "漢字 और हिन्दी ꙮ", "café naïve cœur", "don't we're 's . , !",
-    "a</s>b", "x </s> y", "<pad> <unk>", "<s>start", "▁ ▁x", "１２３ ﬁne", "\u00a0nbsp\u2003em", "Hello world! " * 160,
+    "안녕하세요 세계", "😀🎉 emoji 👩‍👩‍👧", "한글과English섞임", "漢字 और हिन्दी ꙮ", "café naïve cœur",
+    "don't we're 's . , !",
+    "a</s>b", "x </s> y", "<pad> <unk>", "<s>start", "a <mask> b", "<mask_1>c <extra_id_0> d",
+    "▁ ▁x", "１２３ ﬁne", "\u00a0nbsp\u2003em", "Hello world! " * 160,
 ]  # fmt: skip
 
 
@@ -58,8 +61,14 @@ def mbart(folder: Path, name: str = "MBartTokenizer", **values: Any) -> None:
 
 
 def nllb(folder: Path, **values: Any) -> None:
-    (folder / "sentencepiece.bpe.model").write_bytes(spm_bytes("bpe", 300, normalization_rule_name="identity"))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "NllbTokenizer", **values})
+    (folder / "sentencepiece.bpe.model").write_bytes(spm_bytes("bpe", 300))
+    # Files in circulation state the ids; without them transformers 5 numbers <mask> before the languages, not after.
+    first = len(spm_pieces(spm_bytes("bpe", 300))) + 1
+    added = {first + index: _added(name) for index, name in enumerate([*NLLB, "<mask>"])}
+    added |= {index: _added(name) for index, name in enumerate(["<s>", "<pad>", "</s>", "<unk>"])}
+    config = {"tokenizer_class": "NllbTokenizer", "additional_special_tokens": NLLB, "mask_token": "<mask>",
+              "added_tokens_decoder": added, **values}  # fmt: skip
+    write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "config.json", {"model_type": "m2m_100"})
 
 
@@ -78,10 +87,19 @@ def pegasus(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PegasusTokenizer"})
 
 
+def _added(name: str) -> dict[str, Any]:
+    flags = {"lstrip": name == "<mask>", "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    return {"content": name, **flags}
+
+
+def spm_pieces(model: bytes) -> list[str]:
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [spm.id_to_piece(index) for index in range(spm.get_piece_size())]
+
+
 def spm_vocab(model: bytes, first: list[str], last: list[str] | None = None) -> dict[str, int]:
     """A vocab.json of another order than the model's, as Marian and M2M-100 have."""
-    spm = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces = [spm.id_to_piece(index) for index in reversed(range(spm.get_piece_size()))]
+    pieces = spm_pieces(model)[::-1]
     names = first + [piece for piece in pieces if piece not in (*first, *(last or []))] + (last or [])
     return {name: index for index, name in enumerate(dict.fromkeys(names))}
 
@@ -93,7 +111,8 @@ def marian(folder: Path, separate: bool = False) -> None:
     first = ["</s>", "<unk>", ">>fra<<", ">>kor<<"]
     vocab = spm_vocab(source, first, ["<pad>"])
     if separate:
-        write_json(folder / "target_vocab.json", spm_vocab(target, ["</s>", "<unk>"], ["<pad>"]))
+        vocab = spm_vocab(source, ["</s>", "<unk>", "<pad>"])
+        write_json(folder / "target_vocab.json", spm_vocab(target, ["</s>", "<unk>", "<pad>"]))
     else:
         others = [piece for piece in spm_vocab(target, first) if piece not in vocab]
         vocab = {name: index for index, name in enumerate([*list(vocab)[:-1], *others, "<pad>"])}
@@ -107,7 +126,9 @@ def m2m100(folder: Path) -> None:
     model = spm_bytes("bpe", 300)
     (folder / "sentencepiece.bpe.model").write_bytes(model)
     write_json(folder / "vocab.json", spm_vocab(model, ["<s>", "<pad>", "</s>", "<unk>"]))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "M2M100Tokenizer"})
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "M2M100Tokenizer", "src_lang": "fr", "tgt_lang": "ko"}
+    )
     write_json(folder / "special_tokens_map.json", {"additional_special_tokens": [f"__{code}__" for code in M2M100]})
     write_json(folder / "config.json", {"model_type": "m2m_100"})
 

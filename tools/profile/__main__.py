@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report.
-OPERATIONS = {"sampling": "tools.profile.sampling", "train": "tools.profile.train"}
+OPERATIONS = {name: f"tools.profile.{name}" for name in ("load", "sampling", "train")}
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Options:
     shapes: list[str]
     batches: list[int]
     seconds: float  # for each thing timed
+    peer_python: str = sys.executable  # what peers in processes of their own run under
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         shapes=known("shape", parsed.shape, list(operation.SHAPES)),
         batches=numbers("--batch", parsed.batch),
         seconds=parsed.seconds,
+        peer_python=parsed.peer_python,
     )
     report = operation.run(options)
     print(report.text())
@@ -57,6 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", default="", metavar="N,N", help="batch sizes")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; torch's by default")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PATH", help="Python of peers (load)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file")
     return parser.parse_args(arguments)
 

@@ -1,0 +1,44 @@
+"""How a model generates when the caller says nothing: as its makers' generation_config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.beam_params import BeamSearchParams
+from engine.sampling import SamplingParams
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+BEAMS = ("length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences")
+
+
+def default_params(
+    defaults: Mapping[str, Any], prompt_length: int, beams: bool
+) -> SamplingParams | BeamSearchParams:  # fmt: skip
+    """The parameters for a prompt of so many decoder tokens: ours where the model has no defaults.
+
+    A model made for beams is searched with ``beams``, where they are allowed. Raises ValueError for a default that is
+    out of range.
+    """
+    length = _max_tokens(defaults, prompt_length)
+    if beams and defaults.get("num_beams", 1) != 1 and not defaults.get("do_sample"):
+        search = {"num_return_sequences": 1, **_chosen(defaults, BEAMS)}
+        return BeamSearchParams(defaults["num_beams"], max_tokens=length, **search)
+    shared = _chosen(defaults, ("repetition_penalty", "no_repeat_ngram_size"))
+    if "do_sample" not in defaults:
+        return SamplingParams(max_tokens=length, **shared)
+    if not defaults["do_sample"]:
+        return SamplingParams(max_tokens=length, temperature=0.0, **shared)
+    return SamplingParams(max_tokens=length, **shared, **_chosen(defaults, SAMPLING))
+
+
+def _max_tokens(defaults: Mapping[str, Any], prompt_length: int) -> int | None:
+    if "max_new_tokens" in defaults:
+        return defaults["max_new_tokens"]
+    if "max_length" in defaults:
+        return max(1, defaults["max_length"] - prompt_length)  # which counts the decoder's prompt
+    return SamplingParams.max_tokens
+
+
+def _chosen(defaults: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: defaults[name] for name in names if name in defaults}
