@@ -17,7 +17,9 @@ except ModuleNotFoundError:
     sys.exit("pybind11 is missing: install it (pip install pybind11) and try again")
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["kernels", "models", "models.families", "engine", "train", "train.data", "tools", "tools.profile"]
+PACKAGES = [
+    "kernels", "models", "models.families", "engine", "train", "train.data", "tools", "tools.export", "tools.profile",
+]  # fmt: skip
 
 
 class CMakeBuild(build_ext):

@@ -29,6 +29,7 @@ class BeamSearchParams:
         patience: round(beam_width * patience) finished hypotheses are kept, and are enough: the patience factor of
             "A Call for Clarity in Beam Search" (Kasai et al., 2022); 1 is plain beam search.
         ignore_eos: the end token is a token like any other.
+        task: of the model's ``task_specific_params``, whose prefix goes before the source.
     """
 
     beam_width: int
@@ -39,6 +40,7 @@ class BeamSearchParams:
     no_repeat_ngram_size: int = 0
     patience: float = 1.0
     ignore_eos: bool = False
+    task: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("beam_width", self.beam_width, 1, MAX_BEAMS)

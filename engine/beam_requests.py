@@ -19,7 +19,10 @@ def search_request(reader: PromptReader, request_id: str, prompt: Prompt, params
     if not isinstance(params, BeamSearchParams):
         raise ValueError(f"params must be BeamSearchParams, got {type(params).__name__}")
     as_samples = SamplingParams(
-        n=params.beam_width, max_tokens=params.max_tokens, no_repeat_ngram_size=params.no_repeat_ngram_size
+        n=params.beam_width,
+        max_tokens=params.max_tokens,
+        no_repeat_ngram_size=params.no_repeat_ngram_size,
+        task=params.task,
     )
     request = reader.request(request_id, prompt, as_samples, seed=0)
     eos_ids = reader.generation.eos_ids

@@ -10,9 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engine.beam_params import BeamSearchParams
 from engine.llm import LLM
-from engine.request import RequestOutput
+from engine.prompts import Prompt
+from engine.request import BeamSequence, CompletionOutput
 from engine.sampling import SamplingParams
+
+Answer = CompletionOutput | BeamSequence
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine.generate", description="Generates text with a model.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder, a .gguf file or a Hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--prompt", "--source", dest="prompt", metavar="TEXT", help="the prompt, or the source to translate"
@@ -44,10 +48,19 @@ def build_parser() -> argparse.ArgumentParser:
     for name, kind, default in (
         ("temperature", float, 0.0), ("top-k", int, 0), ("top-p", float, 1.0), ("min-p", float, 0.0), ("n", int, 1),
         ("seed", int, None), ("repetition-penalty", float, 1.0), ("presence-penalty", float, 0.0),
-        ("frequency-penalty", float, 0.0), ("logprobs", int, None),
+        ("frequency-penalty", float, 0.0), ("logprobs", int, None), ("no-repeat-ngram-size", int, 0),
     ):  # fmt: skip
         sampling.add_argument(f"--{name}", type=kind, default=default, help=f"({default})")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be given repeatedly")
+    sampling.add_argument("--beam-width", type=int, metavar="N", help="search with so many beams instead of sampling")
+    sampling.add_argument(
+        "--length-penalty", type=float, default=1.0, help="of beams: above 1 favours long outputs (1)"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--task", metavar="NAME", help="of the model's task_specific_params: puts its prefix first")
+    model.add_argument("--source-language", metavar="CODE", help="of a model of many languages, such as eng_Latn")
+    model.add_argument("--target-language", metavar="CODE", help="the language to translate into")
+    model.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     engine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
@@ -63,7 +76,11 @@ def run(options: argparse.Namespace) -> None:
     if options.output:
         check_output(Path(options.output), Path(options.input))
     sampling_params(options, options.max_tokens)  # a wrong value should not wait for the model to load
+    if options.beam_width is not None:
+        beam_params(options, options.max_tokens)
     llm = LLM(options.model, device=options.device, dtype=options.dtype, num_threads=options.num_threads)
+    if options.source_language or options.target_language:
+        llm.set_languages(options.source_language, options.target_language)
     if options.interactive:
         for line in typed_lines():
             try:
@@ -71,36 +88,58 @@ def run(options: argparse.Namespace) -> None:
             except ValueError as error:
                 print(f"error: {error}")
     elif options.input:
+        lines = list(prompts.values())
         for number, prompt in prompts.items():
             try:
-                llm.check(prompt, sampling_params(options, max_tokens(llm, prompt, options)))
+                llm.check(given(llm, prompt, options), sampling_params(options, max_tokens(llm, prompt, options)))
             except ValueError as error:
                 raise ValueError(f"{options.input}, line {number}: {error}") from None
-        lines = list(prompts.values())
-        params = [sampling_params(options, max_tokens(llm, prompt, options)) for prompt in lines]
-        write_outputs(Path(options.output), lines, llm.generate(lines, params))
+        write_outputs(Path(options.output), lines, answers(llm, lines, options))
     else:
         show(llm, options.prompt, options)
 
 
 def show(llm: LLM, prompt: str, options: argparse.Namespace) -> None:
-    """Prints the output as it comes; several samples one after the other, when they are done."""
+    """Prints the output as it comes; several samples, or what a search found, one after the other when it is done."""
     params = sampling_params(options, max_tokens(llm, prompt, options))
-    if params.n > 1 or params.logprobs is not None:
-        for completion in llm.generate(prompt, params, use_tqdm=False)[0].outputs:
-            print(completion.text if params.logprobs is None else json.dumps(asdict(completion), ensure_ascii=False))
+    if params.n > 1 or params.logprobs is not None or options.beam_width:
+        for answer in answers(llm, [prompt], options)[0]:
+            print(answer.text if params.logprobs is None else json.dumps(asdict(answer), ensure_ascii=False))
         return
-    for delta in llm.stream(prompt, params):
+    for delta in llm.stream(given(llm, prompt, options), params):
         print(delta.text, end="", flush=True)
         if delta.finish_reason == "error":
             print("[the model gave no finite logits]", end="")
     print()
 
 
+def answers(llm: LLM, prompts: list[str], options: argparse.Namespace) -> list[list[Answer]]:
+    """Each prompt's samples or, with --beam-width, the hypotheses of its search."""
+    asked = [given(llm, prompt, options) for prompt in prompts]
+    limits = [max_tokens(llm, prompt, options) for prompt in prompts]
+    if options.beam_width:
+        searched = llm.beam_search(asked, [beam_params(options, limit) for limit in limits])
+        return [list(output.sequences) for output in searched]
+    sampled = llm.generate(asked, [sampling_params(options, limit) for limit in limits], use_tqdm=len(prompts) > 1)
+    return [list(output.outputs) for output in sampled]
+
+
+def given(llm: LLM, prompt: str, options: argparse.Namespace) -> Prompt:
+    """The prompt as the engine takes it: in the chat template, behind the task's prefix."""
+    return llm.chat_prompt([{"role": "user", "content": prompt}]) if options.chat else prompt
+
+
 def sampling_params(options: argparse.Namespace, limit: int) -> SamplingParams:
     names = ("temperature", "top_k", "top_p", "min_p", "n", "seed", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "logprobs", "stop")  # fmt: skip
+             "frequency_penalty", "logprobs", "stop", "no_repeat_ngram_size", "task")  # fmt: skip
     return SamplingParams(max_tokens=limit, **{name: getattr(options, name) for name in names})
+
+
+def beam_params(options: argparse.Namespace, limit: int) -> BeamSearchParams:
+    names = ("beam_width", "length_penalty", "no_repeat_ngram_size", "task")
+    return BeamSearchParams(
+        max_tokens=limit, num_return_sequences=options.n, **{name: getattr(options, name) for name in names}
+    )
 
 
 def max_tokens(llm: LLM, prompt: str, options: argparse.Namespace) -> int:
@@ -159,10 +198,10 @@ def _prompt_of(line: str, place: str) -> str:
     return prompt
 
 
-def write_outputs(path: Path, prompts: list[str], outputs: list[RequestOutput]) -> None:
+def write_outputs(path: Path, prompts: list[str], outputs: list[list[Answer]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for prompt, output in zip(prompts, outputs, strict=True):
-            entry = {"prompt": prompt, "outputs": [asdict(completion) for completion in output.outputs]}
+        for prompt, found in zip(prompts, outputs, strict=True):
+            entry = {"prompt": prompt, "outputs": [asdict(answer) for answer in found]}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 

@@ -91,7 +91,7 @@ class LLM:
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        if tokenizer is not None:
+        if tokenizer is not None and not tokenizer.files:  # others may list tokens that their model has no row for
             _check_vocabulary(tokenizer.vocab_size, self.config.vocab_size)
             _check_vocabulary(tokenizer.target_vocab_size, self.config.target_vocab_size or 0)
         self.max_model_len = options.model_length(self.config)
@@ -166,6 +166,29 @@ class LLM:
             while pending:
                 self._step_for(pending)
         return [search_output(request, self.tokenizer) for request in requests]
+
+    def chat(
+        self, messages: SequenceOf[Mapping[str, str]] | SequenceOf[SequenceOf[Mapping[str, str]]],
+        params: Params = None, use_tqdm: bool = True, **variables: Any,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """As ``generate``, of a conversation or a list of them, each a list of {"role": ..., "content": ...}.
+
+        The model's chat template makes prompts of them, given ``variables``. Raises ValueError for a model that has
+        none, or messages that it does not take.
+        """
+        if not isinstance(messages, list | tuple) or not messages:
+            raise ValueError(
+                f"messages are a list of roles and contents, or a list of such lists, got {messages!r:.80}"
+            )
+        several = [messages] if isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_prompt(each, **variables) for each in several], params, use_tqdm)
+
+    def chat_prompt(self, messages: Any, **variables: Any) -> Prompt:
+        """A conversation as a prompt: the template writes the special tokens, so none are added around it."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so no chat template")
+        text = self.tokenizer.apply_chat_template(messages, **variables)
+        return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def set_generation(self, **changes: Any) -> None:
         """Changes fields of ``models.generation.GenerationConfig`` for the requests to come, such as forced_bos_id."""

@@ -57,6 +57,8 @@ class PromptReader:
         for token_id in params.stop_token_ids or ():
             if token_id >= vocab_size:
                 raise ValueError(f"stop_token_ids holds {token_id}, beyond the vocabulary's {vocab_size} tokens")
+        if params.task is not None and not self.config.is_encoder_decoder:
+            raise ValueError(f"task {params.task!r} goes before a source, which a decoder-only model does not have")
         if params.stop_strings and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
 
@@ -120,7 +122,8 @@ class PromptReader:
                 raise ValueError(f"the prompt is not valid Unicode: {prompt!a:.80}")
             # A decoder-only model's prompt is a whole text, with what its tokenizer puts around one.
             whole = not (target and self.config.is_encoder_decoder)
-            return prompt, self.tokenizer.encode(prompt) if whole else self.tokenizer.encode_target(prompt)
+            token_ids = self.tokenizer.encode(prompt) if whole else self.tokenizer.encode_target(prompt)
+            return prompt, self.checked_ids(token_ids, target)
         if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
             raise ValueError(f"a prompt is a string, {FORMS}, got {prompt!r:.80}")
         return None, self.checked_ids(prompt["prompt_token_ids"], target)

@@ -233,11 +233,11 @@ def _load_foreign(folder: Path) -> Tokenizer | None:
 
 
 def _files(folder: Path, config: TokenizerConfig) -> dict[str, bytes]:
+    """The tokenizer's files by name; they say of themselves what the model's config.json had to tell here."""
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    if config.kind and "tokenizer_class" not in config.values:
-        # The model's config.json told the class; another folder may have another.
-        stated = {**config.values, "tokenizer_class": f"{config.kind}Tokenizer"}
-        files[CONFIG_FILE] = json.dumps(stated, indent=2).encode()
+    if unstated := config.unstated():
+        values = {**read_json_object(folder / CONFIG_FILE), **unstated}
+        files[CONFIG_FILE] = json.dumps(values, indent=2, ensure_ascii=False).encode()
     return files
 
 

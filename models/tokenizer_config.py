@@ -84,6 +84,13 @@ class TokenizerConfig:
             raise ConfigError(f"{CONFIG_FILE} gives no {role}, which a {self.kind}Tokenizer needs")
         return self.named[role]
 
+    def unstated(self) -> dict[str, Any]:
+        """What the tokenizer's files leave to others: the class to the model's config.json, tokens to the class."""
+        found: dict[str, Any] = {key: token for key, token in self.named.items() if key not in self.values}
+        if self.kind and not self.values.get("tokenizer_class"):
+            found["tokenizer_class"] = f"{self.kind}Tokenizer"
+        return found
+
     def added_token(self, content: str) -> AddedToken:
         """A special token, with the spacing rules of its entry in the files where it has one."""
         known = {token.content: token for token in self.added.values()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 from engine import LLM, BeamSearchParams, SamplingParams
 from kernels.attention import attention
 from tests.conftest import tiny_model
@@ -55,6 +56,26 @@ def test_the_device_finds_the_beams_of_the_cpu(architecture: str) -> None:
         outputs = LLM.from_model(model.to(device), None, device=device).beam_search(prompts, BeamSearchParams(4, 20))
         found.append([[sequence.token_ids for sequence in output.sequences] for output in outputs])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama3", "mistral", "qwen3", "phi", "gemma2", "t5-1.1", "umt5", "bart", "m2m_100"]
+)
+def test_a_family_on_the_device_gives_the_logits_of_the_cpu(name: str, tmp_path: Path) -> None:
+    families = pytest.importorskip("tests.models.small_families")
+    families.save(families.build(name), tmp_path)
+    torch.manual_seed(0)
+    source, target, lengths = torch.randint(4, 900, (3, 40)), torch.randint(4, 900, (3, 9)), torch.tensor([40, 1, 17])
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        model, _ = models.load(tmp_path, device, dtype)
+        inputs = [x.to(device) for x in (source, target, lengths)]
+        with torch.inference_mode():
+            pair = isinstance(model, models.EncoderDecoder)
+            logits = model(*inputs[:2], source_lengths=inputs[2]) if pair else model(inputs[0])
+        found.append(logits.float().cpu())
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
+    assert (found[2] - found[0]).std() < 0.1 * found[0].std()
 
 
 @pytest.mark.parametrize("options", [["training.precision=bf16"], ["training.precision=fp16"]], ids=str)

@@ -1,4 +1,4 @@
-"""``python -m tools.convert``: a checkpoint folder again, with its weights in the safetensors format."""
+"""``python -m tools.convert``: a checkpoint folder again, in safetensors, or as transformers has it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from models.files import CheckpointError
 from models.hub import resolve_folder
 from models.weights import INDEX_SUFFIX, SAFETENSORS_FILE, TORCH_FILE, Weights, find_weights, open_file, weight_files
+from tools.export import export
 
 SHARD_BYTES = 5_000_000_000
 
@@ -24,7 +25,11 @@ SHARD_BYTES = 5_000_000_000
 def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        convert(resolve_folder(options.model), Path(options.output))
+        folder, output = resolve_folder(options.model), Path(options.output)
+        if options.to == "huggingface":
+            print(export(folder, output))
+        else:
+            convert(folder, output)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -34,9 +39,12 @@ def main(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.convert", description="Rewrites a checkpoint's weights.")
+    parser = argparse.ArgumentParser(prog="python -m tools.convert", description="Rewrites a checkpoint.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder, or a name on the Hub")
-    parser.add_argument("--to", required=True, choices=["safetensors"], help="the format to write")
+    parser.add_argument(
+        "--to", required=True, choices=["safetensors", "huggingface"],
+        help="safetensors: pickled weights in that format; huggingface: a model trained here as transformers loads it",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder, or an empty one")
     return parser
 

@@ -12,25 +12,34 @@ from typing import Any, Literal, get_type_hints
 import jsonargparse
 import yaml
 
-from models.config import ConfigError, TransformerConfig
-from train.data.corpora import DataSection
+from models.config import Architecture, ConfigError, TransformerConfig
+from train.data.corpora import DEFAULT_TOKENIZER, DEFAULT_VOCABULARY, DataSection
 from train.optimizer import Schedule
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 CompileMode = Literal["none", "block", "model"]
 
-# The model section is TransformerConfig's fields, less what the data decides; None lets the task choose.
-_CHOSEN_BY_TASK = ("architecture", "positions")
+# The model section is TransformerConfig's fields, less what the data decides. None is for what was not given, which
+# ``RunConfig`` fills in, unless init_from leaves it to a checkpoint.
 ModelSection = dataclasses.make_dataclass(
     "ModelSection",
     [
-        (name, hint | None, None) if name in _CHOSEN_BY_TASK else (name, hint, getattr(TransformerConfig, name))
-        for name, hint in get_type_hints(TransformerConfig).items()
-        if name not in ("vocab_size", "target_vocab_size")
+        ("init_from", str | None, None),
+        *(
+            (name, hint | None, None)
+            for name, hint in get_type_hints(TransformerConfig).items()
+            if name not in ("vocab_size", "target_vocab_size")
+        ),
     ],
-)  # fmt: skip
+)
 ModelSection.__module__ = __name__
-ModelSection.__doc__ = "The model's shape: the fields of models.config.TransformerConfig."
+ModelSection.__doc__ = """The model's shape: the fields of models.config.TransformerConfig, whose defaults they have.
+
+Attributes:
+    init_from: a checkpoint folder, a GGUF file or a name on the Hub to fine-tune: it brings its tokenizer and says all
+        about the model but dropout, attention_dropout and max_seqlen, which may be lowered.
+"""
+BESIDE_INIT_FROM = ("init_from", "dropout", "attention_dropout", "max_seqlen")
 
 
 @dataclass
@@ -89,15 +98,39 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
 
     def __post_init__(self) -> None:
+        if self.model.init_from is None:
+            self._fill_in()
+        else:
+            self._check_init_from()
         is_text = self.data.task == "text"
-        default = "decoder_only" if is_text else "encoder_decoder"
-        self.model.architecture = self.model.architecture or default
-        if self.model.architecture != default:
-            raise ConfigError(f"data.task {self.data.task} needs model.architecture {default}")
-        self.model.positions = self.model.positions or ("rotary" if is_text else "sinusoidal")
         if self.training.best_metric == "exact_match" and (is_text or not self.training.eval_samples):
             raise ConfigError("training.best_metric exact_match needs pairs of source and target, and eval_samples")
         _check_training(self.training)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The one that the task needs."""
+        return "decoder_only" if self.data.task == "text" else "encoder_decoder"
+
+    def _fill_in(self) -> None:
+        """Gives every option that was not given its default, so that the run's config.yaml says all."""
+        model, data = self.model, self.data
+        model.architecture = model.architecture or self.architecture
+        if model.architecture != self.architecture:
+            raise ConfigError(f"data.task {data.task} needs model.architecture {self.architecture}")
+        model.positions = model.positions or ("rotary" if data.task == "text" else "sinusoidal")
+        for field_ in dataclasses.fields(model):
+            if getattr(model, field_.name) is None:
+                setattr(model, field_.name, getattr(TransformerConfig, field_.name, None))
+        data.tokenizer, data.vocab_size = data.tokenizer or DEFAULT_TOKENIZER, data.vocab_size or DEFAULT_VOCABULARY
+
+    def _check_init_from(self) -> None:
+        for name, value in vars(self.model).items():
+            if value is not None and name not in BESIDE_INIT_FROM:
+                raise ConfigError(f"model.{name} beside model.init_from: the checkpoint says what the model is")
+        for name in ("tokenizer", "target_tokenizer", "vocab_size"):
+            if getattr(self.data, name) is not None:
+                raise ConfigError(f"data.{name} beside model.init_from: the checkpoint brings its tokenizer")
 
     @property
     def run_folder(self) -> Path:
@@ -106,7 +139,7 @@ class RunConfig:
 
     def transformer(self, vocab_size: int, target_vocab_size: int | None) -> TransformerConfig:
         """The model's config, given the vocabularies that the data led to; None: the target shares the source's."""
-        values = dataclasses.asdict(self.model)
+        values = {name: value for name, value in dataclasses.asdict(self.model).items() if name != "init_from"}
         return TransformerConfig(**values, vocab_size=vocab_size, target_vocab_size=target_vocab_size)
 
     def to_yaml(self) -> str:

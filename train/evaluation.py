@@ -29,10 +29,11 @@ def sum_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> to
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, data: PairData | TextData, batch_size: int, max_tokens: int | None, distributed: Distributed
+    model: DecoderOnly | EncoderDecoder, data: PairData | TextData, batch_size: int, max_tokens: int | None,
+    distributed: Distributed,
 ) -> float:  # fmt: skip
     """Mean loss a target token over the validation set, its batches shared among the ranks."""
-    collate = Collate(data.validation)
+    collate = Collate(data.validation, generation=model.generation)
     plan = plan_validation(lengths_of(data.validation), batch_size, max_tokens)
     loss = tokens = 0.0
     for indices in plan[distributed.rank :: distributed.world_size]:

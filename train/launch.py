@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 from models.config import ConfigError
 from models.files import CheckpointError
-from models.tokenizer import Tokenizer
 from train import distributed
 from train.config import RunConfig, fail, parse
 from train.data.dataset import load_data
 from train.metrics import Reporter
 from train.run_folder import claim
+from train.starting_point import starting_point
 from train.trainer import DivergenceError, Trainer
 
 
@@ -44,9 +44,11 @@ def mistakes_in_one_line() -> Iterator[None]:
 def run(config: RunConfig, own: distributed.Distributed) -> None:
     """Trains ``config`` to its end, from the run's last checkpoint if there is one."""
     start = claim(config, own)
-    tokenizer = Tokenizer.load(start) if start else None
-    data = load_data(config.data, config.training.seed, config.model.max_seqlen, tokenizer)
-    trainer = Trainer(config, data, own)
+    model, tokenizer = starting_point(config, start)
+    max_seqlen = config.model.max_seqlen if model is None else model.config.max_seqlen
+    first_id = None if model is None else model.generation.forced_bos_id
+    data = load_data(config.data, config.training.seed, max_seqlen, tokenizer, first_id)
+    trainer = Trainer(config, data, own, model)
     if start:
         trainer.resume(start)
     reporter = Reporter(config.run_folder, trainer.state.step, trainer.total_steps, own.is_main)
@@ -61,7 +63,8 @@ def run(config: RunConfig, own: distributed.Distributed) -> None:
 
 def describe(trainer: Trainer, resumed: bool) -> str:
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
-    at = f"resumed at step {trainer.state.step}" if resumed else "from scratch"
+    start = trainer.config.model.init_from or "scratch"
+    at = f"resumed at step {trainer.state.step}" if resumed else f"from {start}"
     return (
         f"{trainer.config.run_folder}: {count / 1e6:.2f}M parameters, {trainer.total_steps} steps, {at}, "
         f"{trainer.distributed.world_size} x {trainer.distributed.device.type}"

@@ -28,12 +28,11 @@ def learning_rate_factor(step: int, schedule: Schedule, warmup_steps: int, total
 def build_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Fused AdamW; norms and biases, the parameters of one dimension, are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """Fused AdamW; norms and biases, the relative ones too, are not decayed."""
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in parameters if p.dim() >= 2 and "relative_bias" not in name]
+    kept = [p for name, p in parameters if p.dim() < 2 or "relative_bias" in name]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 

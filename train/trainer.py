@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.transformer import build_model
+from models.transformer import DecoderOnly, EncoderDecoder, build_model
 from train.checkpoint import Checkpoints, TrainState
 from train.config import RunConfig
 from train.data.batching import Batch, Collate, load_batches, share_of, updates_in
@@ -32,16 +32,20 @@ class DivergenceError(RuntimeError):
 
 
 class Trainer:
-    """One run on one rank. ``train()`` carries it from wherever it stands to its end, or to a signal to stop."""
+    """One run on one rank. ``train()`` carries it from wherever it stands to its end, or to a signal to stop.
 
-    def __init__(self, config: RunConfig, data: PairData | TextData, distributed: Distributed) -> None:
+    ``model`` is what to fine-tune; without one the run starts from new weights.
+    """
+
+    def __init__(
+        self, config: RunConfig, data: PairData | TextData, distributed: Distributed,
+        model: DecoderOnly | EncoderDecoder | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.data, self.distributed = config, data, distributed
         self.options = config.training
         torch.manual_seed(self.options.seed)
         torch.set_flush_denormal(True)  # denormal gradients of small models cost a CPU tens of times a normal one
-        shared = data.tokenizer.target is data.tokenizer.source
-        shape = config.transformer(data.tokenizer.vocab_size, None if shared else data.tokenizer.target_vocab_size)
-        self.model = build_model(shape).to(distributed.device)
+        self.model = (model or _new_model(config, data)).to(distributed.device)
         self.model.set_activation_checkpointing(self.options.activation_checkpointing)
         torch.manual_seed(self.options.seed + distributed.rank)  # same weights everywhere, dropout of one's own
         self.optimizer = build_optimizer(
@@ -159,8 +163,9 @@ class Trainer:
         indices = indices[: (count - self.state.update) * accumulation]
         compiled = self.options.compile != "none"
         stream = load_batches(
-            Collate(examples, COMPILED_LENGTH_MULTIPLE if compiled else 1, self.model.config.max_seqlen), indices,
-            self.config.data.num_workers, pin_memory=self.distributed.device.type == "cuda",
+            Collate(examples, COMPILED_LENGTH_MULTIPLE if compiled else 1, self.model.config.max_seqlen,
+                    self.model.generation),
+            indices, self.config.data.num_workers, pin_memory=self.distributed.device.type == "cuda",
         )  # fmt: skip
         for update in range(self.state.update, count):
             batches = [next(stream) for _ in range(accumulation)]
@@ -259,6 +264,12 @@ class Meter:
             "grad_norm": norm,
             "tokens_per_second": tokens / seconds,
         }
+
+
+def _new_model(config: RunConfig, data: PairData | TextData) -> DecoderOnly | EncoderDecoder:
+    tokenizer = data.tokenizer
+    shared = tokenizer.target is tokenizer.source
+    return build_model(config.transformer(tokenizer.vocab_size, None if shared else tokenizer.target_vocab_size))
 
 
 def _precision(name: str, device: torch.device) -> torch.dtype:

@@ -94,3 +94,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_beams_print_what_the_search_found(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", model_folder, "--beam-width", 3, "--n", 2, "--max-tokens", 5]
+    assert run(*options, "--prompt", "abc") == 0
+    assert capsys.readouterr().out.count("\n") == 2
+    (tmp_path / "in.txt").write_text("abc\nxyz\n")
+    assert run(*options, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl") == 0
+    entries = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [len(entry["outputs"]) for entry in entries] == [2, 2]
+    assert entries[0]["outputs"][0]["score"] >= entries[0]["outputs"][1]["score"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beam-width", 0], "beam_width"),
+        (["--beam-width", 2, "--n", 3], "num_return_sequences"),
+        (["--target-language", "fra_Latn"], "no languages"),
+        (["--task", "summarization"], "task 'summarization'"),
+        (["--chat"], "chat template"),
+    ],
+)
+def test_what_the_model_or_the_search_cannot_do_is_one_line(
+    arguments: list[object], message: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--model", model_folder, "--prompt", "abc", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROMPT = list(range(100, 132))
+SPECIAL = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 Open = Callable[[], int]  # opens the model and returns its first token
 
 
@@ -54,12 +55,13 @@ def ctranslate2(folder: str, threads: int, seq2seq: bool) -> Open:
     def first_token() -> int:
         if seq2seq:
             translator = ct2.Translator(folder, device="cpu", intra_threads=threads)
-            tokens = translator.translate_batch([words], beam_size=1, max_decoding_length=1)[0].hypotheses[0]
+            result = translator.translate_batch([words], beam_size=1, max_decoding_length=1, return_end_token=True)
+            tokens = result[0].hypotheses[0]
         else:
             generator = ct2.Generator(folder, device="cpu", intra_threads=threads)
-            result = generator.generate_batch([words], beam_size=1, max_length=1, include_prompt_in_result=False)
-            tokens = result[0].sequences[0]
-        return {"<pad>": 0, "</s>": 1, "<unk>": 2}.get(tokens[0]) or int(tokens[0].removeprefix("w")) if tokens else 1
+            only = {"max_length": 1, "include_prompt_in_result": False, "return_end_token": True}
+            tokens = generator.generate_batch([words], beam_size=1, **only)[0].sequences[0]
+        return SPECIAL[tokens[0]] if tokens[0] in SPECIAL else int(tokens[0].removeprefix("w"))
 
     return first_token
 

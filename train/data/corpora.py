@@ -14,6 +14,7 @@ from models.tokenizer import is_unicode
 from train.data import tasks
 
 MAX_WORKERS, MAX_VOCABULARY = 256, 10_000_000
+DEFAULT_TOKENIZER, DEFAULT_VOCABULARY = "char", 8000
 
 Task = Literal["reversal", "copy", "addition", "pairs", "text", "g2p"]
 
@@ -29,8 +30,9 @@ class DataSection:
             for the others, with up to 1,000 held out.
         source_file, target_file: a parallel corpus for pairs, line by line; or
         file: one file of pairs (.tsv, or .jsonl with keys source and target), or the text.
-        tokenizer: char, word, bpe, or the path of a tokenizer.json. target_tokenizer: the same for a vocabulary of the
-            target's own; unset, source and target share one. vocab_size: the most tokens of a bpe vocabulary.
+        tokenizer: char (unless given), word, bpe, or the path of a tokenizer.json. target_tokenizer: the same for a
+            vocabulary of the target's own; unset, source and target share one. vocab_size: the most tokens of a bpe
+            vocabulary, 8,000 unless given.
         context: tokens in a window of text.
         max_tokens: instead of training.batch_size, the padded tokens of a batch (source plus target).
         num_workers: processes that prepare batches.
@@ -42,9 +44,9 @@ class DataSection:
     source_file: str | None = None
     target_file: str | None = None
     file: str | None = None
-    tokenizer: str = "char"
+    tokenizer: str | None = None
     target_tokenizer: str | None = None
-    vocab_size: int = 8000
+    vocab_size: int | None = None
     context: int = 64
     max_tokens: int | None = None
     num_workers: int = 4
@@ -56,7 +58,7 @@ class DataSection:
                 raise ConfigError(f"data.{name} is {value}: expected at least 1")
         if not 0 <= self.num_workers <= MAX_WORKERS:
             raise ConfigError(f"data.num_workers is {self.num_workers}: expected 0 to {MAX_WORKERS}")
-        if self.vocab_size > MAX_VOCABULARY:
+        if (self.vocab_size or 0) > MAX_VOCABULARY:
             raise ConfigError(f"data.vocab_size is {self.vocab_size}: expected at most {MAX_VOCABULARY}")
 
 

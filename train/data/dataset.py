@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from models.config import ConfigError
 from models.tokenizer import Tokenizer, TokenizerKind, Vocabulary, read_vocabulary, train_vocabulary
 from train.data.batching import Example, Plan, lengths_of, plan_epoch
-from train.data.corpora import DataSection, Pair, load_pairs, load_text, texts
+from train.data.corpora import (
+    DEFAULT_TOKENIZER,
+    DEFAULT_VOCABULARY,
+    DataSection,
+    Pair,
+    load_pairs,
+    load_text,
+    texts,
+)
 
 
 @dataclass
@@ -54,16 +62,21 @@ class TextData:
         return examples, plan_epoch(lengths_of(examples), seed, epoch, batch_size, max_tokens)
 
 
-def load_data(data: DataSection, seed: int, max_seqlen: int, tokenizer: Tokenizer | None = None) -> PairData | TextData:
-    """Reads the data and learns, or takes, its vocabulary. Raises ConfigError for data that cannot be used."""
+def load_data(
+    data: DataSection, seed: int, max_seqlen: int, tokenizer: Tokenizer | None = None, first_id: int | None = None
+) -> PairData | TextData:
+    """Reads the data and learns, or takes, its vocabulary; a target's first token is ``first_id`` where there is one.
+
+    Raises ConfigError for data that cannot be used.
+    """
     if data.task == "text":
         if data.context > max_seqlen:
             raise ConfigError(f"data.context {data.context} is longer than model.max_seqlen {max_seqlen}")
         return _load_text(data, tokenizer)
     corpus = load_pairs(data, seed)
     tokenizer = tokenizer or _tokenizer(data, *texts(corpus.train))
-    train_pairs, train = _encode(tokenizer, corpus.train, max_seqlen)
-    validation_pairs, validation = _encode(tokenizer, corpus.validation, max_seqlen)
+    train_pairs, train = _encode(tokenizer, corpus.train, max_seqlen, first_id)
+    validation_pairs, validation = _encode(tokenizer, corpus.validation, max_seqlen, first_id)
     if not train or not validation:
         raise ConfigError("the data set is empty once examples beyond model.max_seqlen are left out")
     num_too_long = len(corpus.train) + len(corpus.validation) - len(train_pairs) - len(validation_pairs)
@@ -79,7 +92,7 @@ def windows(token_ids: NDArray[np.int64], context: int) -> list[Example]:
 def _load_text(data: DataSection, tokenizer: Tokenizer | None) -> TextData:
     train, validation = load_text(data)
     # A character that only the validation text has must not be unknown; what bpe merges is for training to say.
-    seen = [train, validation] if data.tokenizer == "char" else [train]
+    seen = [train, validation] if (data.tokenizer or DEFAULT_TOKENIZER) == "char" else [train]
     tokenizer = tokenizer or Tokenizer(_vocabulary(data.tokenizer, seen, data.vocab_size))
     train_ids, validation_ids = (np.array(tokenizer.encode(text), dtype=np.int64) for text in (train, validation))
     if len(train_ids) <= data.context or len(validation_ids) <= data.context:
@@ -96,18 +109,23 @@ def _tokenizer(data: DataSection, sources: list[str], targets: list[str]) -> Tok
     )
 
 
-def _vocabulary(kind: str, texts: list[str], vocab_size: int) -> Vocabulary:
+def _vocabulary(kind: str | None, texts: list[str], vocab_size: int | None) -> Vocabulary:
+    kind = kind or DEFAULT_TOKENIZER
     if kind in get_args(TokenizerKind):
-        return train_vocabulary(kind, texts, vocab_size)  # type: ignore[arg-type]
+        return train_vocabulary(kind, texts, vocab_size or DEFAULT_VOCABULARY)  # type: ignore[arg-type]
     if not Path(kind).is_file():
         raise ConfigError(f"no tokenizer {kind!r}: expected {', '.join(get_args(TokenizerKind))} or a tokenizer.json")
     return read_vocabulary(Path(kind))
 
 
-def _encode(tokenizer: Tokenizer, pairs: list[Pair], max_seqlen: int) -> tuple[list[Pair], list[Example]]:
+def _encode(
+    tokenizer: Tokenizer, pairs: list[Pair], max_seqlen: int, first_id: int | None
+) -> tuple[list[Pair], list[Example]]:
     """The pairs no side of which is longer than the model takes, the end token counted, and their examples."""
     sources, targets = texts(pairs)
-    encoded = list(map(Example, tokenizer.encode_batch(sources), tokenizer.encode_target_batch(targets)))
+    first = [] if first_id is None else [first_id]
+    target_ids = [first + ids for ids in tokenizer.encode_target_batch(targets)]
+    encoded = list(map(Example, tokenizer.encode_batch(sources), target_ids))
     kept: list[Pair] = []
     examples: list[Example] = []
     start = 0
