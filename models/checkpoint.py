@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def _generation(path: Path, values: dict[str, Any], vocab_size: int) -> Generati
     stored = read_json(own) if own.is_file() else None
     if values.get("model_type") == MODEL_TYPE:
         return GenerationConfig() if stored is None else read_generation({}, stored, vocab_size)
-    return read_generation(values, stored, vocab_size)
+    theirs = read_generation(values, stored, vocab_size)
+    # Sampling is what these files ask for; greedy search is what they mean by silence.
+    return replace(theirs, defaults={"do_sample": False, **theirs.defaults})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

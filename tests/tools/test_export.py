@@ -219,7 +219,8 @@ def test_special_tokens_are_the_models_own(tmp_path: Path) -> None:
     generation = json.loads((tmp_path / "theirs" / "generation_config.json").read_text())
     assert generation == {"decoder_start_token_id": 7, "bos_token_id": 1, "eos_token_id": [5, 6], "pad_token_id": None,
                           "forced_bos_token_id": 9}  # fmt: skip
-    assert models.load(tmp_path / "theirs")[0].generation == models.load(tmp_path / "ours")[0].generation
+    ours = models.load(tmp_path / "ours")[0].generation
+    assert models.load(tmp_path / "theirs")[0].generation == dataclasses.replace(ours, defaults={"do_sample": False})
 
 
 @pytest.mark.parametrize("family", ["marian", "t5", "default"])
