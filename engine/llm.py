@@ -8,10 +8,12 @@ import random
 import threading
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich import get_console
 from rich.progress import Progress
 
 from engine.beam_params import BeamSearchParams
@@ -119,7 +121,10 @@ class LLM:
         requests = self._requests(prompts, params, beams=True)
         pending = _in_reverse(requests)
         total = len(pending)
-        with self._queued(requests), Progress(disable=not use_tqdm, transient=True) as progress:
+        with (
+            self._queued(requests),
+            Progress(disable=not (use_tqdm and _can_show_progress()), transient=True) as progress,
+        ):
             task = progress.add_task("generating", total=total)
             while pending:
                 self._step_for(pending)
@@ -296,6 +301,11 @@ def _paired(prompts: Prompts, params: T | SequenceOf[T]) -> list[tuple[Prompt, T
     if len(each) != len(several):
         raise ValueError(f"{len(several)} prompts but {len(each)} params: give one for all, or one each")
     return list(zip(several, each, strict=True))
+
+
+def _can_show_progress() -> bool:
+    # In a notebook rich draws with ipywidgets, and warns at every call where they are missing.
+    return not get_console().is_jupyter or find_spec("ipywidgets") is not None
 
 
 def _in_reverse(requests: list[Request]) -> list[Sequence]:

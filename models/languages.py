@@ -58,7 +58,8 @@ class Languages:
 
     def language_id(self, code: str, vocabulary: Any) -> int:
         """The id of a language's token. Raises ConfigError for a code that is none."""
-        token_id = vocabulary.token_to_id(self.tokens[code]) if code in self.tokens else None
+        known = isinstance(code, str) and code in self.tokens  # a file may hold anything
+        token_id = vocabulary.token_to_id(self.tokens[code]) if known else None
         if token_id is None:
             some = ", ".join(list(self.tokens)[:8])
             raise ConfigError(f"the tokenizer has no language {code!r}: it knows {len(self.tokens)}, such as {some}")

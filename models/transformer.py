@@ -51,12 +51,14 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Hidden states (..., dim) for token ids, or ``inputs_embeds``, of one of the layouts in ``Lengths``.
 
-        ``positions`` are 0, 1, 2, ... along the last axis of padded token ids unless given.
+        ``positions`` are 0, 1, 2, ... along the last axis of padded token ids unless given; packed ones need them.
         """
         given = token_ids if token_ids is not None else inputs_embeds
         if given is None:
             raise ValueError("a model needs token_ids or inputs_embeds")
         if positions is None:
+            if cache is not None or (lengths is not None and lengths.cu_seqlens is not None):
+                raise ValueError("packed tokens need positions: where each stands in its sequence")
             positions = torch.arange(given.shape[1], device=given.device)
         x = self.embedding(token_ids, positions, inputs_embeds)
         if self.embedding_norm is not None:
@@ -165,12 +167,12 @@ class EncoderDecoder(Transformer):
     def encode(
         self,
         source_ids: Tensor | None,
-        lengths: Lengths,
+        lengths: Lengths | None = None,
         *,
         positions: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The encoder's hidden states, (..., dim), in the layout that ``lengths`` describes."""
+        """The encoder's hidden states, (..., dim), in the layout of ``lengths``; whole rows unless given."""
         return self.encoder(source_ids, positions=positions, inputs_embeds=inputs_embeds, lengths=lengths)
 
     def cross_keys_values(self, encoder_output: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,6 +21,10 @@ from models.files import CheckpointError, read_json
 SAFETENSORS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 WEIGHT_FILES = tuple(name + suffix for name in (SAFETENSORS_FILE, TORCH_FILE) for suffix in ("", INDEX_SUFFIX))
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "U8": torch.uint8,
+}  # fmt: skip
 ZIP_MAGIC = b"PK\x03\x04"
 REFUSALS = ("GLOBAL", "allowlisted", "unrecognized function")  # what PyTorch says of a pickle that wants to run code
 
@@ -77,24 +83,43 @@ class SafetensorsFile:
     """A file of the safetensors format.
 
     Every read maps the file anew: a mapping lasts as long as its tensors, so pages that were copied from are let go
-    before the next tensor comes, and loading a model takes no more memory than the model and a tensor.
+    before the next tensor comes, and loading a model takes no more memory than the model and a tensor. The library
+    checks the file once; reading its header again for every tensor would take longer than loading the tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _safetensors_errors(path), safe_open(path, framework="pt") as file:
-            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with _safetensors_errors(path), safe_open(path, framework="pt"):
+            self._size = path.stat().st_size
+            self._start, self._entries = _read_header(path)
 
     def names(self) -> list[str]:
-        return list(self._shapes)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return tuple(self._entries[name]["shape"])
 
     def read(self, name: str) -> Tensor:
-        self.shape(name)  # a KeyError for the caller's mistake; what goes wrong below is the file's
-        with _safetensors_errors(self._path), safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(name)
+        entry = self._entries[name]
+        dtype, offset = SAFETENSORS_DTYPES.get(entry["dtype"]), self._start + entry["data_offsets"][0]
+        with _safetensors_errors(self._path):
+            if dtype is None or offset % dtype.itemsize:
+                with safe_open(self._path, framework="pt") as file:
+                    return file.get_tensor(name)
+            if self._path.stat().st_size != self._size:
+                raise OSError("its size has changed since it was opened")
+            file_bytes = torch.UntypedStorage.from_file(str(self._path), False, self._size)
+            count = math.prod(entry["shape"])
+            flat = torch.empty(0, dtype=dtype).set_(file_bytes, offset // dtype.itemsize, (count,), (1,))
+            return flat.view(entry["shape"])
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes begin, and each tensor's entry: dtype, shape and data_offsets."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 @contextmanager

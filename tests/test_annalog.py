@@ -106,9 +106,9 @@ def test_logits_are_those_of_the_package(folder: Path, theirs: Any) -> None:
 
 def test_greedy_molecules_are_those_of_the_package(llm: LLM, theirs: Any) -> None:
     assert llm.tokenizer is not None
-    outputs = llm.generate(MOLECULES, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)
-    for molecule, output in zip(MOLECULES, outputs, strict=True):
-        wanted = greedy(theirs, llm.tokenizer.encode(molecule), 60)
+    outputs = llm.generate(MOLECULES[:4], SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
+    for molecule, output in zip(MOLECULES[:4], outputs, strict=True):
+        wanted = greedy(theirs, llm.tokenizer.encode(molecule), 40)
         assert output.outputs[0].token_ids == wanted
         assert output.outputs[0].text == llm.tokenizer.decode(wanted)
         assert output.outputs[0].text and " " not in output.outputs[0].text

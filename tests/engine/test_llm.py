@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich import get_console
 
 from engine import LLM, SamplingParams
 from models import DecoderOnly, EncoderDecoder
@@ -28,6 +30,12 @@ def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     assert asked == words
     assert all(o.finished and o.outputs[0].finish_reason == "length" for o in outputs)
     assert all(len(o.outputs[0].token_ids) == 12 for o in outputs)
+
+
+def test_a_notebook_without_widgets_gets_no_warning(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_console(), "is_jupyter", True)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert llm.generate("abc", GREEDY)[0].finished
 
 
 def test_text_is_what_the_token_ids_say(llm: LLM) -> None:

@@ -21,6 +21,7 @@ from engine import LLM
 from models import CheckpointError
 from models.families import FAMILIES
 from models.tokenizer import Tokenizer, train_vocabulary
+from tests.models import tokenizer_folders
 from tests.models.made_folders import llama_config, llama_shapes, t5_config, t5_shapes, write
 
 Damage = Callable[[Path], object]
@@ -179,6 +180,14 @@ FILES: list[tuple[str, str | bytes, str]] = [
 def test_a_broken_file_is_named(name: str, content: str | bytes, message: str, folder: Path) -> None:
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     assert message in refused(folder)
+
+
+@pytest.mark.parametrize("code", [[], {}, 5, "xx"])
+def test_a_language_that_is_none_is_named(code: object, tmp_path: Path) -> None:
+    write(tmp_path, t5_config(), t5_shapes(t5_config()))
+    tokenizer_folders.mbart(tmp_path, src_lang=code)
+    configured(tmp_path, **t5_config())
+    assert f"the tokenizer has no language {code!r}" in refused(tmp_path)
 
 
 def test_an_empty_folder_lacks_its_config(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from kernels.attention_options import AttentionOptions
 from models import EncoderDecoder
 from models.cache import Lengths
 from tests.conftest import tiny_model
@@ -64,6 +66,33 @@ def test_packed_and_padded_encoding_agree() -> None:
         positions=torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2]),
     )
     torch.testing.assert_close(packed, torch.cat((padded[0], padded[1, :3])))
+
+
+def test_a_source_without_lengths_is_whole() -> None:
+    model = tiny_model("encoder_decoder")
+    assert isinstance(model, EncoderDecoder)
+    source = torch.randint(4, 60, (2, 6))
+    torch.testing.assert_close(model.encode(source), model.encode(source, Lengths(key_lengths=torch.tensor([6, 6]))))
+
+
+def test_packed_tokens_without_positions_are_refused() -> None:
+    model = tiny_model("encoder_decoder")
+    assert isinstance(model, EncoderDecoder)
+    packed = Lengths(cu_seqlens=torch.tensor([0, 6], dtype=torch.int32), max_seqlen=6)
+    with pytest.raises(ValueError, match="packed tokens need positions"):
+        model.encode(torch.randint(4, 60, (6,)), packed)
+    # Without this the width of the embeddings would be taken for the number of tokens.
+    vectors = model.decoder.embedding.embed_tokens(torch.randint(4, 60, (6,)))
+    with pytest.raises(ValueError, match="packed tokens need positions"):
+        model.decoder(None, inputs_embeds=vectors, cache=NoCache())
+
+
+class NoCache:
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        raise AssertionError("nothing is to be computed")
+
+    def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
+        raise AssertionError("nothing is to be computed")
 
 
 def test_embeddings_may_stand_for_token_ids() -> None:
