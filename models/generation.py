@@ -92,7 +92,7 @@ def read_generation(
         suppress_ids=known("suppress_tokens"),
         begin_suppress_ids=known("begin_suppress_tokens"),
         bad_words=tuple(word for word in _bad_words(settings.get("bad_words_ids")) if max(word) < vocab_size),
-        defaults={key: settings[key] for key in DEFAULTS if settings.get(key) is not None},
+        defaults=_defaults(settings),
         tasks=_tasks(settings.get("task_specific_params")),
     )
 

@@ -108,7 +108,7 @@ class SafetensorsFile:
                     return file.get_tensor(name)
             if self._path.stat().st_size != self._size:
                 raise OSError("its size has changed since it was opened")
-            file_bytes = torch.UntypedStorage.from_file(str(self._path), False, self._size)
+            file_bytes: Any = torch.UntypedStorage.from_file(str(self._path), False, self._size)
             count = math.prod(entry["shape"])
             flat = torch.empty(0, dtype=dtype).set_(file_bytes, offset // dtype.itemsize, (count,), (1,))
             return flat.view(entry["shape"])
