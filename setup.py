@@ -18,7 +18,8 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = [
-    "kernels", "models", "models.families", "engine", "train", "train.data", "tools", "tools.export", "tools.profile",
+    "kernels", "models", "models.chat", "models.families", "models.gguf", "models.vocabularies", "engine", "train",
+    "train.data", "tools", "tools.export", "tools.profile",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from models.families import family_of
 from models.families.family import Family
 from models.files import CheckpointError, read_json
 from models.generation import GenerationConfig, read_generation
-from models.gguf import open_gguf
+from models.gguf.folder import open_gguf
 from models.hub import GGUF_SUFFIX, resolve_folder
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder, build_model

@@ -10,13 +10,13 @@ from typing import Any
 
 from tokenizers import Tokenizer as Vocabulary
 
-from models.chat_template import read_chat_template, render_chat
+from models.chat.template import read_chat_template, render_chat
 from models.config import ConfigError
-from models.languages import Languages
 from models.text_stream import TextStream, clean_up
-from models.tokenizer_config import CONFIG_FILE, TokenizerConfig, read_json_object
-from models.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
-from models.vocabulary_training import (
+from models.vocabularies.languages import Languages
+from models.vocabularies.tokenizer_config import CONFIG_FILE, TokenizerConfig, read_json_object
+from models.vocabularies.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
+from models.vocabularies.training import (
     TokenizerKind,
     is_our_own,
     parse_vocabulary,

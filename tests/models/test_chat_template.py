@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from models import ConfigError
-from models.chat_template import _renderer, read_chat_template, render_chat
+from models.chat.template import _renderer, read_chat_template, render_chat
 from models.tokenizer import Tokenizer
 from tests.models.tokenizer_folders import gpt2_json
 

@@ -19,10 +19,10 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-from models import gguf
 from models.files import CheckpointError
-from models.gguf import open_gguf
-from models.gguf_config import llama3_divisors
+from models.gguf import folder as gguf
+from models.gguf.config import llama3_divisors
+from models.gguf.folder import open_gguf
 from tests.models.gguf_files import Stored, smollm2, write
 
 LLAMA = {
@@ -188,7 +188,7 @@ def test_llama_3_positions_are_known_by_their_divisors(tmp_path: Path) -> None:
 PEAK = """
 import sys, torch
 from pathlib import Path
-from models.gguf import open_gguf
+from models.gguf.folder import open_gguf
 
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from models.files import CheckpointError
-from models.gguf_file import GgufFile
-from models.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from models.gguf.file import GgufFile
+from models.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from tests.models.gguf_files import smollm2, write
 
 TEXTS = [

@@ -14,7 +14,7 @@ from tokenizers import models as token_models
 
 from models import ConfigError
 from models.tokenizer import SpecialTokens, Tokenizer
-from models.vocabulary_builders import byte_level_bpe, sentencepiece_bpe
+from models.vocabularies.builders import byte_level_bpe, sentencepiece_bpe
 from tests.models.tokenizer_folders import FAMILIES, LINES, TEXTS, byte_level, m2m100, marian, mbart, nllb, pegasus, t5
 
 # transformers 5 leaves byte fallback out of T5's vocabulary, which sentencepiece itself does not.
@@ -207,7 +207,7 @@ def test_a_tokenizer_from_parts_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 def test_merges_follow_scores_where_those_are_given() -> None:
-    from models.vocabulary_builders import ranked_merges
+    from models.vocabularies.builders import ranked_merges
 
     vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}
     assert ranked_merges(vocab) == [("a", "b"), ("b", "c")]

@@ -12,7 +12,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from models.language_codes import M2M100, NLLB
+from models.vocabularies.language_codes import M2M100, NLLB
 
 LINES = [
     "The quick brown fox jumps over the lazy dog.", "It didn't matter, he said; we're here, aren't we?",

@@ -15,8 +15,8 @@ from models.families import FAMILIES
 from models.files import CheckpointError, read_json
 from models.generation import GenerationConfig
 from models.tokenizer import TARGET_FILE, Tokenizer
-from models.tokenizer_config import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from models.transformer import DecoderOnly, EncoderDecoder
+from models.vocabularies.tokenizer_config import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from tools.export.choice import choose
 from tools.export.targets import Target
 from tools.export.weights import bart_extras, to_family

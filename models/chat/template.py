@@ -15,7 +15,7 @@ from typing import Any
 
 from models.config import ConfigError
 
-WORKER = Path(__file__).with_name("chat_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 
 
 def read_chat_template(folder: Path, values: Mapping[str, Any]) -> str | dict[str, str] | None:

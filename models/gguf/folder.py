@@ -12,9 +12,9 @@ from tokenizers import processors
 from torch import Tensor
 
 from models.files import CheckpointError
-from models.gguf_config import ROPE_FACTORS, read_config
-from models.gguf_file import GgufFile
-from models.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from models.gguf.config import ROPE_FACTORS, read_config
+from models.gguf.file import GgufFile
+from models.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from models.tokenizer import SpecialTokens, Tokenizer
 from models.weights import Weights
 

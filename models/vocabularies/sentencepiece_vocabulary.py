@@ -7,12 +7,12 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Vocabulary
 
-from models import language_codes
 from models.config import ConfigError
-from models.languages import surround
-from models.sentencepiece_file import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceFile
-from models.tokenizer_config import TokenizerConfig
-from models.vocabulary_builders import frame_words, sentencepiece_bpe, sentencepiece_unigram
+from models.vocabularies import language_codes
+from models.vocabularies.builders import frame_words, sentencepiece_bpe, sentencepiece_unigram
+from models.vocabularies.languages import surround
+from models.vocabularies.sentencepiece_file import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceFile
+from models.vocabularies.tokenizer_config import TokenizerConfig
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 # Fairseq has its own ids for these four; a sentencepiece model's first three pieces are <unk>, <s> and </s>.

@@ -8,9 +8,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Vocabulary
 
 from models.config import ConfigError
-from models.languages import surround
-from models.tokenizer_config import TokenizerConfig, read_json_object
-from models.vocabulary_builders import byte_level_bpe
+from models.vocabularies.builders import byte_level_bpe
+from models.vocabularies.languages import surround
+from models.vocabularies.tokenizer_config import TokenizerConfig, read_json_object
 
 
 def bpe_vocabulary(folder: Path, config: TokenizerConfig) -> Vocabulary:

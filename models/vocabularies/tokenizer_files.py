@@ -8,13 +8,13 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Vocabulary
 
-from models import language_codes
-from models.bpe_files import bpe_vocabulary, read_vocab
 from models.config import ConfigError
-from models.piece_vocabulary import ByteVocabulary, SpmVocabulary, load_spm
-from models.sentencepiece_vocabulary import SENTENCEPIECE_FILES, sentencepiece_vocabulary
-from models.tokenizer_config import CONFIG_FILE, TokenizerConfig
-from models.vocabulary_training import parse_vocabulary
+from models.vocabularies import language_codes
+from models.vocabularies.bpe_files import bpe_vocabulary, read_vocab
+from models.vocabularies.piece_vocabulary import ByteVocabulary, SpmVocabulary, load_spm
+from models.vocabularies.sentencepiece_vocabulary import SENTENCEPIECE_FILES, sentencepiece_vocabulary
+from models.vocabularies.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from models.vocabularies.training import parse_vocabulary
 
 VOCABULARY_FILE = "tokenizer.json"
 UNREADABLE = ("vocab.txt", "tiktoken.model", "tekken.json", "vocab.bpe", "bpe.codes")

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Vocabulary
 
 from models.files import CheckpointError
-from models.gguf_file import GgufFile
+from models.gguf.file import GgufFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of llama.cpp's token types; the others are UNUSED and BYTE
 LONGEST_TOKEN = 1024  # characters: finding the merges of a token takes time with the square of its length

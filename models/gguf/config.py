@@ -10,7 +10,7 @@ import numpy as np
 
 from models.config import LARGEST
 from models.files import CheckpointError
-from models.gguf_file import GgufFile
+from models.gguf.file import GgufFile
 
 EMBEDDING, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # The Llama 3.1, 3.2 and 3.3 checkpoints agree on these; a GGUF file keeps only the divisors that come of them.

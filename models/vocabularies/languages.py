@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import processors
 
 from models.config import ConfigError
-from models.tokenizer_config import TokenizerConfig
+from models.vocabularies.tokenizer_config import TokenizerConfig
 
 # What stands around a source text, by tokenizer class: {} is the language's token.
 FRAMES = {
