@@ -22,6 +22,7 @@ def search_request(reader: PromptReader, request_id: str, prompt: Prompt, params
         n=params.beam_width,
         max_tokens=params.max_tokens,
         no_repeat_ngram_size=params.no_repeat_ngram_size,
+        min_tokens=params.min_tokens,
         task=params.task,
     )
     request = reader.request(request_id, prompt, as_samples, seed=0)

@@ -21,15 +21,17 @@ def default_params(
     out of range.
     """
     length = _max_tokens(defaults, prompt_length)
+    least = max(0, defaults.get("min_new_tokens", defaults.get("min_length", 0) - prompt_length))
+    lengths: dict[str, Any] = {"max_tokens": length, "min_tokens": least if length is None else min(least, length)}
     if beams and defaults.get("num_beams", 1) != 1 and not defaults.get("do_sample"):
         search = {"num_return_sequences": 1, **_chosen(defaults, BEAMS)}
-        return BeamSearchParams(defaults["num_beams"], max_tokens=length, **search)
+        return BeamSearchParams(defaults["num_beams"], **lengths, **search)
     shared = _chosen(defaults, ("repetition_penalty", "no_repeat_ngram_size"))
     if "do_sample" not in defaults:
-        return SamplingParams(max_tokens=length, **shared)
+        return SamplingParams(**lengths, **shared)
     if not defaults["do_sample"]:
-        return SamplingParams(max_tokens=length, temperature=0.0, **shared)
-    return SamplingParams(max_tokens=length, **shared, **_chosen(defaults, SAMPLING))
+        return SamplingParams(**lengths, temperature=0.0, **shared)
+    return SamplingParams(**lengths, **shared, **_chosen(defaults, SAMPLING))
 
 
 def _max_tokens(defaults: Mapping[str, Any], prompt_length: int) -> int | None:

@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("temperature", float, 0.0), ("top-k", int, 0), ("top-p", float, 1.0), ("min-p", float, 0.0), ("n", int, 1),
         ("seed", int, None), ("repetition-penalty", float, 1.0), ("presence-penalty", float, 0.0),
         ("frequency-penalty", float, 0.0), ("logprobs", int, None), ("no-repeat-ngram-size", int, 0),
+        ("min-tokens", int, 0),
     ):  # fmt: skip
         sampling.add_argument(f"--{name}", type=kind, default=default, help=f"({default})")
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be given repeatedly")
@@ -131,12 +132,13 @@ def given(llm: LLM, prompt: str, options: argparse.Namespace) -> Prompt:
 
 def sampling_params(options: argparse.Namespace, limit: int) -> SamplingParams:
     names = ("temperature", "top_k", "top_p", "min_p", "n", "seed", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "logprobs", "stop", "no_repeat_ngram_size", "task")  # fmt: skip
+             "frequency_penalty", "logprobs", "stop", "no_repeat_ngram_size", "min_tokens",
+             "task")  # fmt: skip
     return SamplingParams(max_tokens=limit, **{name: getattr(options, name) for name in names})
 
 
 def beam_params(options: argparse.Namespace, limit: int) -> BeamSearchParams:
-    names = ("beam_width", "length_penalty", "no_repeat_ngram_size", "task")
+    names = ("beam_width", "length_penalty", "no_repeat_ngram_size", "min_tokens", "task")
     return BeamSearchParams(
         max_tokens=limit, num_return_sequences=options.n, **{name: getattr(options, name) for name in names}
     )

@@ -7,12 +7,14 @@ out, as in transformers).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.sampling import SamplingParams
 from models.generation import GenerationConfig
 
 
@@ -21,15 +23,16 @@ class GenerationRules:
     """What a model or a request asks of generated tokens; the default asks nothing.
 
     Attributes:
-        eos_ids: the end tokens, for min_new_tokens; bad_words cannot ban them.
+        eos_ids: the end tokens; bad_words cannot ban them. stop_ids: others that end one request's output.
         forced_bos_id: comes right after a decoder prompt of one token. forced_eos_id: comes last, at the length limit.
         suppress_ids: never come. begin_suppress_ids: do not come first (after forced_bos_id, where that is forced).
         bad_words: sequences of tokens that are never completed.
         no_repeat_ngram_size: no n-gram of this size occurs twice, prompt included; 0 is off.
-        min_new_tokens: no end token before so many others.
+        min_new_tokens: neither an end token nor a stop token before so many others.
     """
 
     eos_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     forced_bos_id: int | None = None
     forced_eos_id: int | None = None
     suppress_ids: tuple[int, ...] = ()
@@ -38,16 +41,17 @@ class GenerationRules:
     no_repeat_ngram_size: int = 0
     min_new_tokens: int = 0
 
-    @property
+    @functools.cached_property
     def ask_nothing(self) -> bool:
-        return self == GenerationRules(eos_ids=self.eos_ids)
+        return self == GenerationRules(eos_ids=self.eos_ids, stop_ids=self.stop_ids)
 
 
-def rules_of(generation: GenerationConfig, no_repeat_ngram_size: int) -> GenerationRules:
+def rules_of(generation: GenerationConfig, params: SamplingParams) -> GenerationRules:
     """The rules of a model and, beside them, of one request."""
     return GenerationRules(
-        generation.eos_ids, generation.forced_bos_id, generation.forced_eos_id, generation.suppress_ids,
-        generation.begin_suppress_ids, generation.bad_words, no_repeat_ngram_size,
+        generation.eos_ids, tuple(params.stop_token_ids or ()), generation.forced_bos_id, generation.forced_eos_id,
+        generation.suppress_ids, generation.begin_suppress_ids, generation.bad_words, params.no_repeat_ngram_size,
+        params.min_tokens,
     )  # fmt: skip
 
 
@@ -66,7 +70,7 @@ def apply_rules(scores: Tensor, token_ids: Tensor, rules: GenerationRules, num_p
         if len(word) > 1 or word[0] not in rules.eos_ids:
             ban_word(scores, token_ids, word)
     if length - num_prompt < rules.min_new_tokens:
-        scores[:, list(rules.eos_ids)] = -math.inf
+        scores[:, [*rules.eos_ids, *rules.stop_ids]] = -math.inf
     if rules.forced_bos_id is not None and length == 1:
         force(scores, rules.forced_bos_id)
     if rules.forced_eos_id is not None and length == max_length - 1:

@@ -32,7 +32,7 @@ class PromptReader:
         """The request for a prompt, with its ``n`` sequences; sample i draws from ``seed + i``."""
         self._check_params(params)
         request = self._read(request_id, prompt, params)
-        request.rules = rules_of(self.generation, params.no_repeat_ngram_size)
+        request.rules = rules_of(self.generation, params)
         length = len(request.prompt_token_ids)
         if length >= self.max_model_len:
             raise ValueError(

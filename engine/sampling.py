@@ -29,6 +29,7 @@ class SamplingParams:
         stop_token_ids: tokens that end it besides the end token. ignore_eos: go on after the end token.
         logprobs: None, or how many of the likeliest tokens to report besides the chosen one, 128 at most.
         skip_special_tokens: leave special tokens out of the text.
+        min_tokens: no end or stop token before so many others.
         no_repeat_ngram_size: no run of so many tokens occurs twice in prompt and output; 0 is off.
         task: of the model's ``task_specific_params``, whose prefix goes before the source.
     """
@@ -49,6 +50,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    min_tokens: int = 0
     no_repeat_ngram_size: int = 0
     task: str | None = None
 
@@ -66,6 +68,7 @@ class SamplingParams:
             raise ValueError(f"task must be the name of a task, got {self.task!r}")
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, 1, None)
+        check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:

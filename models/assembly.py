@@ -43,7 +43,8 @@ def assemble(
     known = {name for slot in slots for source in slot.sources for name in reader.aliases(source)}
     if unexpected := sorted(name for name in weights.names() if name not in known and not family.is_ignored(name)):
         raise CheckpointError(f"{where} has {len(unexpected)} weights the model lacks, the first {unexpected[0]}")
-    for slot in slots:
+    # The largest first: what a tensor takes on its way is then least where most of the model is there already.
+    for slot in sorted(slots, key=lambda slot: -slot.shape.numel()):
         source = plan[slot.names[0]]
         assert source is not None
         wanted = _dtype_of(model.config, slot.names[0], dtype)

@@ -13,8 +13,20 @@ DEFAULTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), (float, int)
     ),
-    **dict.fromkeys(("top_k", "no_repeat_ngram_size", "max_length", "max_new_tokens", "num_beams"), (int,)),
-    **{"num_return_sequences": (int,), "do_sample": (bool,), "early_stopping": (bool, str)},
+    **dict.fromkeys(
+        (
+            "top_k",
+            "no_repeat_ngram_size",
+            "min_length",
+            "max_length",
+            "min_new_tokens",
+            "max_new_tokens",
+            "num_beams",
+            "num_return_sequences",
+        ),
+        (int,),
+    ),
+    **{"do_sample": (bool,), "early_stopping": (bool, str)},
 }
 
 

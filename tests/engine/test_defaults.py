@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from engine import LLM, BeamSearchParams, SamplingParams
 from engine.defaults import default_params
@@ -82,3 +84,25 @@ def test_the_ids_of_older_files_are_read_from_config_json(tmp_path: Path) -> Non
     llm = LLM(folder(tmp_path, "bart", {}, eos_token_id=[3, 5], forced_bos_token_id=11, decoder_start_token_id=7))
     generation = llm.model.generation
     assert (generation.eos_ids, generation.forced_bos_id, generation.start_id) == ((3, 5), 11, 7)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_summariser_s_settings_give_transformers_output(beams: int, tmp_path: Path) -> None:
+    generation = {"num_beams": beams, "min_length": 14, "max_length": 24, "length_penalty": 2.0, "early_stopping": True,
+                  "no_repeat_ngram_size": 3, "forced_bos_token_id": 11, "forced_eos_token_id": 100,
+                  "eos_token_id": list(range(100, 400)), "decoder_start_token_id": 2, "pad_token_id": 1}  # fmt: skip
+    model = build("bart")
+    where = folder(tmp_path, "bart", generation)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(where)
+    wanted = model.generate(torch.tensor([PROMPT["prompt_token_ids"]]))[0, 1:].tolist()
+    assert len(wanted) >= 13
+    assert output_ids(LLM(where)) == wanted
+
+
+def test_min_tokens_holds_stop_tokens_back_too(tmp_path: Path) -> None:
+    llm = LLM(folder(tmp_path, "gpt2", {}))
+    free = output_ids(llm, SamplingParams(temperature=0, max_tokens=12))
+    stopped = SamplingParams(temperature=0, max_tokens=12, min_tokens=6, stop_token_ids=free[:3])
+    assert len(output_ids(llm, stopped)) >= 6
+    with pytest.raises(ValueError, match="min_tokens"):
+        SamplingParams(max_tokens=3, min_tokens=4)
