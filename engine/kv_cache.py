@@ -43,14 +43,18 @@ class Row:
 
 
 class KVCache:
-    """Keys and values of every layer: (layers, num_blocks, block_size, kv_heads, head_dim) each, in ``dtype``."""
+    """Keys and values of every layer: (num_blocks, layers, block_size, kv_heads, head_dim) each, in ``dtype``.
+
+    A block's layers lie together, so that a short sequence touches few pages of memory however many layers there are.
+    """
 
     def __init__(
         self, config: TransformerConfig, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int,
         device: torch.device, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         assert config.kv_heads is not None and config.head_dim is not None
-        shape = (config.depth, num_blocks, block_size, config.kv_heads, config.head_dim)
+        self.layers = config.depth
+        shape = (num_blocks, self.layers, block_size, config.kv_heads, config.head_dim)
         self.k, self.v = _zeros(shape, device, dtype), _zeros(shape, device, dtype)
         self.block_size, self.num_blocks, self.device = block_size, num_blocks, device
         width = -(-max_model_len // block_size)
@@ -98,8 +102,8 @@ class KVCache:
             if source.users == 0:
                 blocks += source.blocks
         if clear:
-            self.k[:, blocks] = 0
-            self.v[:, blocks] = 0
+            self.k[blocks] = 0
+            self.v[blocks] = 0
         self._free_blocks += blocks
         self._free_rows.append(row.index)
 
@@ -126,20 +130,35 @@ class KVCache:
         if not len(moved):
             return
         source, target = (torch.from_numpy(b[moved].astype(np.int64)).to(self.device) for b in (sources, targets))
-        self.k[:, target] = self.k[:, source]
-        self.v[:, target] = self.v[:, source]
+        self.k[target] = self.k[source]
+        self.v[target] = self.v[source]
 
-    def slots(self, blocks: list[int], length: int) -> NDArray[np.int64]:
-        """The slots of a run of tokens that fills ``blocks`` from their start."""
-        starts = np.asarray(blocks, dtype=np.int64)[:, None] * self.block_size
-        return (starts + np.arange(self.block_size)).reshape(-1)[:length]
+    def blocks_of(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All blocks of all layers, keys and values, and where among them a layer's blocks of ``tables`` are.
+
+        tables are int32 (sequences, blocks), of the first layer: block b's is b * layers.
+        """
+        return self.k.flatten(0, 1), self.v.flatten(0, 1), tables + layer
+
+    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Writes new tokens' keys and values of a layer into their ``slots``, as ``slots_of`` numbers them."""
+        append_to_cache(k, v, self.k.flatten(0, 1), self.v.flatten(0, 1), slots + layer * self.block_size)
+
+    def slots_of(self, blocks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first layer's slots of tokens at ``offsets`` in their blocks."""
+        return blocks * (self.layers * self.block_size) + offsets
+
+    def _source_slots(self, source: Source) -> NDArray[np.int64]:
+        """The slots of a source's tokens, which fill its blocks from their start."""
+        places = np.arange(source.length)
+        blocks = np.asarray(source.blocks, dtype=np.int64)[places // self.block_size]
+        return self.slots_of(blocks, places % self.block_size)
 
     def write_source(self, keys_values: list[tuple[Tensor, Tensor]], sources: list[Source]) -> None:
         """Stores every layer's cross-attention keys and values, packed in the order of ``sources``."""
-        slots = np.concatenate([self.slots(source.blocks, source.length) for source in sources])
-        index = torch.from_numpy(slots).to(self.device)
+        slots = torch.from_numpy(np.concatenate([self._source_slots(source) for source in sources])).to(self.device)
         for layer, (k, v) in enumerate(keys_values):
-            append_to_cache(k, v, self.k[layer], self.v[layer], index)
+            self.append(layer, k, v, slots)
 
     def _take(self, count: int) -> list[int]:
         taken = self._free_blocks[len(self._free_blocks) - count :]
@@ -193,7 +212,7 @@ class CacheView:
         offsets = np.concatenate(([0], np.cumsum(counts)))
         positions = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
         blocks = cache.tables[np.repeat(rows, counts), positions // cache.block_size].astype(np.int64)
-        self.slots = self._tensor(blocks * cache.block_size + positions % cache.block_size)
+        self.slots = self._tensor(cache.slots_of(blocks, positions % cache.block_size))
         self.positions = self._tensor(positions)
         self.last_tokens = self._tensor(offsets[1:] - 1)
         # Those that decode one token come first, newcomers with longer prompts last: a backend that pads would
@@ -204,15 +223,12 @@ class CacheView:
         self.parts = [self._part(rows[a:b], ends[a:b], offsets[a : b + 1]) for a, b in bounds]
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        append_to_cache(k, v, k_cache, v_cache, self.slots)
+        self.cache.append(layer, k, v, self.slots)
         return self._attend(
             q,
             lambda part, queries: paged_attention(
                 queries,
-                k_cache,
-                v_cache,
-                part.tables,
+                *self.cache.blocks_of(layer, part.tables),
                 part.lengths,
                 part.cu_seqlens,
                 max_seqlen_q=part.max_count,
@@ -223,14 +239,11 @@ class CacheView:
         )
 
     def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         return self._attend(
             q,
             lambda part, queries: paged_attention(
                 queries,
-                k_cache,
-                v_cache,
-                part.source_tables,
+                *self.cache.blocks_of(layer, part.source_tables),
                 part.source_lengths,
                 part.cu_seqlens,
                 max_seqlen_q=part.max_count,
@@ -252,9 +265,9 @@ class CacheView:
             tokens=slice(int(offsets[0]), int(offsets[-1])),
             cu_seqlens=self._tensor((offsets - offsets[0]).astype(np.int32)),
             max_count=int(np.diff(offsets).max()),
-            tables=self._tensor(self.cache.tables[rows, :width]),
+            tables=self._tensor(self.cache.tables[rows, :width] * self.cache.layers),
             lengths=self._tensor(ends),
-            source_tables=self._tensor(self.cache.source_tables[rows, :source_width]),
+            source_tables=self._tensor(self.cache.source_tables[rows, :source_width] * self.cache.layers),
             source_lengths=self._tensor(source_lengths),
         )
 
