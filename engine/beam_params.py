@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,7 @@ class BeamSearchParams:
         num_return_sequences: hypotheses returned, the best first; beam_width of them unless given (or as many as are
             kept, where patience keeps fewer).
         min_tokens: no end token before so many others.
+        repetition_penalty: of tokens in prompt and output so far: their log-probability times this.
         no_repeat_ngram_size: no n-gram of this size occurs twice in prompt and output; 0 is off.
         patience: round(beam_width * patience) finished hypotheses are kept, and are enough: the patience factor of
             "A Call for Clarity in Beam Search" (Kasai et al., 2022); 1 is plain beam search.
@@ -39,6 +41,7 @@ class BeamSearchParams:
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int | None = None
     min_tokens: int = 0
+    repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     patience: float = 1.0
     ignore_eos: bool = False
@@ -49,6 +52,7 @@ class BeamSearchParams:
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, 1, None)
         check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
         check_number("length_penalty", self.length_penalty, -MAX_PENALTY, MAX_PENALTY)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from engine.beam_params import BeamSearchParams
@@ -26,6 +28,9 @@ def search_request(reader: PromptReader, request_id: str, prompt: Prompt, params
         task=params.task,
     )
     request = reader.request(request_id, prompt, as_samples, seed=0)
+    request.rules = replace(
+        request.rules, repetition_penalty=params.repetition_penalty, renormalize=reader.generation.renormalize
+    )
     eos_ids = reader.generation.eos_ids
     request.beams = BeamSearch(params, request.prompt_token_ids, request.sequences[0].max_length, eos_ids)
     return request
@@ -44,6 +49,8 @@ def _advance(request: Request, log_probs: Tensor, cache: KVCache) -> None:
     beams = _beams(request)
     cached = beams.token_ids.shape[1]
     apply_rules(log_probs, beams.token_ids, request.rules, beams.num_prompt, beams.max_length)
+    if request.rules.renormalize:
+        log_probs = log_probs.log_softmax(-1)
     try:
         parents = beams.advance(log_probs)
     except NoContinuation as error:

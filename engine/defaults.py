@@ -9,7 +9,8 @@ from engine.beam_params import BeamSearchParams
 from engine.sampling import SamplingParams
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-BEAMS = ("length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences")
+BEAMS = ("length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences", "repetition_penalty")
+FOREIGN_LENGTH = 20  # tokens where makers set no length: what transformers does then
 
 
 def default_params(
@@ -23,7 +24,9 @@ def default_params(
     length = _max_tokens(defaults, prompt_length)
     least = max(0, defaults.get("min_new_tokens", defaults.get("min_length", 0) - prompt_length))
     lengths: dict[str, Any] = {"max_tokens": length, "min_tokens": least if length is None else min(least, length)}
-    if beams and defaults.get("num_beams", 1) != 1 and not defaults.get("do_sample"):
+    if defaults.get("num_beams", 1) != 1 and defaults.get("do_sample"):
+        raise ValueError("the model's generation_config.json asks for beams that sample: give params instead")
+    if beams and defaults.get("num_beams", 1) != 1:
         search = {"num_return_sequences": 1, **_chosen(defaults, BEAMS)}
         return BeamSearchParams(defaults["num_beams"], **lengths, **search)
     shared = _chosen(defaults, ("repetition_penalty", "no_repeat_ngram_size"))
@@ -31,15 +34,21 @@ def default_params(
         return SamplingParams(**lengths, **shared)
     if not defaults["do_sample"]:
         return SamplingParams(**lengths, temperature=0.0, **shared)
-    return SamplingParams(**lengths, **shared, **_chosen(defaults, SAMPLING))
+    samples = defaults.get("num_return_sequences", 1)
+    return SamplingParams(n=samples, **lengths, **shared, **_chosen(defaults, SAMPLING))
 
 
 def _max_tokens(defaults: Mapping[str, Any], prompt_length: int) -> int | None:
     if "max_new_tokens" in defaults:
         return defaults["max_new_tokens"]
     if "max_length" in defaults:
-        return max(1, defaults["max_length"] - prompt_length)  # which counts the decoder's prompt
-    return SamplingParams.max_tokens
+        room = defaults["max_length"] - prompt_length
+        if room < 1:
+            raise ValueError(
+                f"the prompt is {prompt_length} tokens, the model's own max_length {defaults['max_length']}"
+            )
+        return room
+    return FOREIGN_LENGTH if "do_sample" in defaults else SamplingParams.max_tokens
 
 
 def _chosen(defaults: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

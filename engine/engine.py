@@ -9,7 +9,7 @@ import torch
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
 from engine.kv_cache import KVCache
-from engine.logits_rules import apply_rules
+from engine.logits_rules import apply_to_samples
 from engine.request import Request, Sequence
 from engine.runner import Runner
 from engine.sampling_batch import SamplingColumns
@@ -51,7 +51,7 @@ class Engine:
             return []
         logits = self._run(schedule, samples + beams)
         if samples:
-            bind(samples, logits)
+            apply_to_samples(samples, logits)
             batch = self.columns.batch(samples)
             self._deliver(samples, sample(logits[: len(samples)], batch, num_threads=self.num_threads))
         if beams:
@@ -74,11 +74,3 @@ class Engine:
                 sequence.add_logprobs(token_id, result, i, self.tokenizer)
             sequence.token_ids.append(token_id)
             deliver(sequence, token_id)
-
-
-def bind(samples: list[Sequence], logits: torch.Tensor) -> None:
-    """Applies the rules of each sample's request, in place, to its row of logits."""
-    for i, sequence in enumerate(samples):
-        if not sequence.request.rules.ask_nothing:
-            token_ids = torch.tensor([sequence.token_ids])
-            apply_rules(logits[i : i + 1], token_ids, sequence.request.rules, sequence.num_prompt, sequence.max_length)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from engine.beam_params import BeamSearchParams
 from engine.llm import LLM
@@ -76,9 +76,8 @@ def run(options: argparse.Namespace) -> None:
     prompts = read_prompts(Path(options.input)) if options.input else {}
     if options.output:
         check_output(Path(options.output), Path(options.input))
-    sampling_params(options, options.max_tokens)  # a wrong value should not wait for the model to load
-    if options.beam_width is not None:
-        beam_params(options, options.max_tokens)
+    # A wrong value should not wait for the model to load.
+    (sampling_params if options.beam_width is None else beam_params)(options, options.max_tokens)
     llm = LLM(options.model, device=options.device, dtype=options.dtype, num_threads=options.num_threads)
     if options.source_language or options.target_language:
         llm.set_languages(options.source_language, options.target_language)
@@ -89,45 +88,59 @@ def run(options: argparse.Namespace) -> None:
             except ValueError as error:
                 print(f"error: {error}")
     elif options.input:
-        lines = list(prompts.values())
+        asked = []
         for number, prompt in prompts.items():
             try:
-                llm.check(given(llm, prompt, options), sampling_params(options, max_tokens(llm, prompt, options)))
+                asked.append(given(llm, prompt, options))
+                llm.check(asked[-1], params_of(llm, asked[-1], options))
             except ValueError as error:
                 raise ValueError(f"{options.input}, line {number}: {error}") from None
-        write_outputs(Path(options.output), lines, answers(llm, lines, options))
+        write_outputs(Path(options.output), list(prompts.values()), answers(llm, asked, options))
     else:
         show(llm, options.prompt, options)
 
 
 def show(llm: LLM, prompt: str, options: argparse.Namespace) -> None:
     """Prints the output as it comes; several samples, or what a search found, one after the other when it is done."""
-    params = sampling_params(options, max_tokens(llm, prompt, options))
-    if params.n > 1 or params.logprobs is not None or options.beam_width:
-        for answer in answers(llm, [prompt], options)[0]:
-            print(answer.text if params.logprobs is None else json.dumps(asdict(answer), ensure_ascii=False))
+    asked = given(llm, prompt, options)
+    params = params_of(llm, asked, options)
+    if isinstance(params, SamplingParams) and params.n == 1 and params.logprobs is None:
+        for delta in llm.stream(asked, params):
+            print(delta.text, end="", flush=True)
+            if delta.finish_reason == "error":
+                print()
+                raise ValueError("the model gave no finite logits, or its rules left no token")
+        print()
         return
-    for delta in llm.stream(given(llm, prompt, options), params):
-        print(delta.text, end="", flush=True)
-        if delta.finish_reason == "error":
-            print("[the model gave no finite logits]", end="")
-    print()
+    for answer in answers(llm, [asked], options)[0]:
+        if answer.finish_reason == "error":
+            raise ValueError(getattr(answer, "error", None) or "generation failed")
+        print(answer.text if options.logprobs is None else json.dumps(asdict(answer), ensure_ascii=False))
 
 
-def answers(llm: LLM, prompts: list[str], options: argparse.Namespace) -> list[list[Answer]]:
-    """Each prompt's samples or, with --beam-width, the hypotheses of its search."""
-    asked = [given(llm, prompt, options) for prompt in prompts]
-    limits = [max_tokens(llm, prompt, options) for prompt in prompts]
-    if options.beam_width:
-        searched = llm.beam_search(asked, [beam_params(options, limit) for limit in limits])
-        return [list(output.sequences) for output in searched]
-    sampled = llm.generate(asked, [sampling_params(options, limit) for limit in limits], use_tqdm=len(prompts) > 1)
-    return [list(output.outputs) for output in sampled]
+def answers(llm: LLM, prompts: list[Prompt], options: argparse.Namespace) -> list[list[Answer]]:
+    """Each prompt's samples or, with --beam-width, the hypotheses of its search; one with the error where it failed."""
+    params = [params_of(llm, prompt, options) for prompt in prompts]
+    if options.beam_width is None:
+        sampled = llm.generate(prompts, cast(list[SamplingParams], params), use_tqdm=len(prompts) > 1)
+        return [list(output.outputs) for output in sampled]
+    searched = llm.beam_search(prompts, cast(list[BeamSearchParams], params))
+    return [list(output.sequences) if output.error is None else [_failed(output.error)] for output in searched]
+
+
+def _failed(error: str) -> CompletionOutput:
+    return CompletionOutput(0, "", [], finish_reason="error", error=error)
 
 
 def given(llm: LLM, prompt: str, options: argparse.Namespace) -> Prompt:
     """The prompt as the engine takes it: in the chat template, behind the task's prefix."""
     return llm.chat_prompt([{"role": "user", "content": prompt}]) if options.chat else prompt
+
+
+def params_of(llm: LLM, prompt: Prompt, options: argparse.Namespace) -> SamplingParams | BeamSearchParams:
+    """What the options ask for: a search with --beam-width, else samples."""
+    limit = max_tokens(llm, prompt, options)
+    return sampling_params(options, limit) if options.beam_width is None else beam_params(options, limit)
 
 
 def sampling_params(options: argparse.Namespace, limit: int) -> SamplingParams:
@@ -138,13 +151,17 @@ def sampling_params(options: argparse.Namespace, limit: int) -> SamplingParams:
 
 
 def beam_params(options: argparse.Namespace, limit: int) -> BeamSearchParams:
-    names = ("beam_width", "length_penalty", "no_repeat_ngram_size", "min_tokens", "task")
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "logprobs",
+                 "stop"):  # fmt: skip
+        if getattr(options, name) != build_parser().get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} belongs to sampling: leave it or --beam-width out")
+    names = ("beam_width", "length_penalty", "no_repeat_ngram_size", "repetition_penalty", "min_tokens", "task")
     return BeamSearchParams(
         max_tokens=limit, num_return_sequences=options.n, **{name: getattr(options, name) for name in names}
     )
 
 
-def max_tokens(llm: LLM, prompt: str, options: argparse.Namespace) -> int:
+def max_tokens(llm: LLM, prompt: Prompt, options: argparse.Namespace) -> int:
     """--max-tokens, or what --max-length leaves once the decoder's prompt is counted."""
     if options.max_length is None:
         return options.max_tokens

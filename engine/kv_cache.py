@@ -215,12 +215,10 @@ class CacheView:
         self.slots = self._tensor(cache.slots_of(blocks, positions % cache.block_size))
         self.positions = self._tensor(positions)
         self.last_tokens = self._tensor(offsets[1:] - 1)
-        # Those that decode one token come first, newcomers with longer prompts last: a backend that pads would
-        # otherwise pad every one of the first to the longest of the last.
-        longer = np.flatnonzero(counts > 1)
-        cut = int(longer[0]) if len(longer) else 0
-        bounds = [b for b in ((0, cut), (cut, len(rows))) if b[0] < b[1]]
-        self.parts = [self._part(rows[a:b], ends[a:b], offsets[a : b + 1]) for a, b in bounds]
+        # Runs of those that decode one token, and of newcomers with longer prompts: a backend that pads would
+        # otherwise pad every one of the first to the longest of the others.
+        cuts = [0, *(np.flatnonzero(np.diff(counts > 1)) + 1).tolist(), len(rows)]
+        self.parts = [self._part(rows[a:b], ends[a:b], offsets[a : b + 1]) for a, b in itertools.pairwise(cuts)]
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         self.cache.append(layer, k, v, self.slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from engine.sampling import SamplingParams
 from engine.score import score_request, score_step
 from models import checkpoint
 from models.files import CheckpointError
+from models.generation import GenerationConfig
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
 
@@ -42,7 +44,7 @@ class LLM:
     """Generates with one model, on a cache preallocated when it is made.
 
     Args:
-        model: a checkpoint folder.
+        model: a checkpoint folder, a GGUF file, or the id of a repository on the Hub.
         tokenizer: a folder to take the tokenizer from instead.
         device: auto is cuda where there is one, else cpu. dtype: auto is float32 on CPU, bfloat16 on CUDA.
         options: those of ``engine.options.EngineOptions``.
@@ -60,7 +62,7 @@ class LLM:
         **options: Any,
     ) -> None:
         if not isinstance(model, str | Path) or not isinstance(tokenizer, str | Path | None):
-            raise ValueError("model and tokenizer are folders; LLM.from_model takes a live model")
+            raise ValueError("model and tokenizer are paths or names; LLM.from_model takes a live model")
         checked, where = EngineOptions.of(options), resolve_device(device)
         module, own_tokenizer = checkpoint.load(model, where, resolve_dtype(dtype, where))
         if tokenizer is not None:
@@ -156,16 +158,21 @@ class LLM:
                 ]
 
     def beam_search(
-        self, prompts: Prompts, params: BeamSearchParams | SequenceOf[BeamSearchParams]
+        self, prompts: Prompts, params: BeamSearchParams | SequenceOf[BeamSearchParams] | None = None
     ) -> list[BeamSearchOutput]:
         """The best hypotheses of every prompt, as transformers' ``generate(num_beams=...)`` finds them.
 
-        ``params`` are one for all or one a prompt. Raises ValueError for a bad prompt or parameter before anything
-        runs.
+        ``params`` are one for all or one a prompt; without any, the model's own. Raises ValueError for a bad prompt or
+        parameter before anything runs, and for a model that asks for no beams where none are given.
         """
-        requests = [
-            search_request(self.reader, self._next_id(), prompt, own) for prompt, own in _paired(prompts, params)
-        ]
+        if params is None:
+            requests = self._requests(prompts, None, beams=True)
+            if any(request.beams is None for request in requests):
+                raise ValueError("the model's generation_config.json asks for no beams: give BeamSearchParams")
+        else:
+            requests = [
+                search_request(self.reader, self._next_id(), prompt, own) for prompt, own in _paired(prompts, params)
+            ]
         pending = _in_reverse(requests)
         with self._queued(requests):
             while pending:
@@ -192,11 +199,22 @@ class LLM:
         """A conversation as a prompt: the template writes the special tokens, so none are added around it."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so no chat template")
-        text = self.tokenizer.apply_chat_template(messages, **variables)
+        text = self.tokenizer.apply_chat_template(list(messages), **variables)
         return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def set_generation(self, **changes: Any) -> None:
-        """Changes fields of ``models.generation.GenerationConfig`` for the requests to come, such as forced_bos_id."""
+        """Changes fields of ``models.generation.GenerationConfig`` for the requests to come, such as forced_bos_id.
+
+        Raises ValueError for a field there is not, or a token outside the vocabulary.
+        """
+        known = [field.name for field in dataclasses.fields(GenerationConfig)]
+        if unknown := [name for name in changes if name not in known]:
+            raise ValueError(f"a model's generation has no {unknown[0]!r}: choose from {', '.join(known)}")
+        for name, value in changes.items():
+            if name.endswith("_id") and value is not None:
+                self.reader.checked_ids([value], target=True)
+            elif name.endswith("_ids"):
+                self.reader.checked_ids(value, target=True)
         self.reader.generation = dataclasses.replace(self.reader.generation, **changes)
 
     def set_languages(self, source: str | None = None, target: str | None = None) -> None:
@@ -211,9 +229,12 @@ class LLM:
         if target is not None:
             self.set_generation(forced_bos_id=self.tokenizer.language_id(target))
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
-        """Raises the ValueError that ``generate`` would."""
-        self.engine.scheduler.check(self._request(prompt, params))
+    def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams) -> None:
+        """Raises the ValueError that ``generate``, or ``beam_search``, would."""
+        if isinstance(params, BeamSearchParams):
+            self.engine.scheduler.check(search_request(self.reader, "", prompt, params))
+        else:
+            self.engine.scheduler.check(self._request(prompt, params))
 
     def prompt_length(self, prompt: Prompt) -> int:
         """How many tokens the decoder's prompt has, start token included."""
@@ -236,6 +257,9 @@ class LLM:
             with self._queued(requests):
                 while len(results) < len(requests):
                     results |= score_step(self.engine)
+        for i, request in enumerate(requests):
+            if math.isnan(results[request.request_id].total):
+                raise ValueError(f"the model gives no finite logits for target {i}")
         return [results[request.request_id] for request in requests]
 
     @contextlib.contextmanager
@@ -272,7 +296,13 @@ class LLM:
         return [self._default_request(prompt, beams) for prompt, _ in _paired(prompts, None)]
 
     def _default_request(self, prompt: Prompt, beams: bool) -> Request:
-        params = default_params(self.reader.generation.defaults, self.prompt_length(prompt), beams)
+        generation = self.reader.generation
+        if generation.unsupported:
+            raise ValueError(
+                f"the model's generation_config.json asks for {generation.unsupported[0]}, which is not supported: "
+                "give params instead"
+            )
+        params = default_params(generation.defaults, self.prompt_length(prompt), beams)
         if isinstance(params, SamplingParams):
             return self._request(prompt, params)
         return search_request(self.reader, self._next_id(), prompt, params)

@@ -116,23 +116,29 @@ class PromptReader:
         if isinstance(prompt, Mapping) and set(prompt) == {"prompt"}:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this model has no tokenizer: give prompt_token_ids instead of text")
-            if not is_unicode(prompt):
-                raise ValueError(f"the prompt is not valid Unicode: {prompt!a:.80}")
+            tokenizer = self._encoder(prompt)
             # A decoder-only model's prompt is a whole text, with what its tokenizer puts around one.
             whole = not (target and self.config.is_encoder_decoder)
-            token_ids = self.tokenizer.encode(prompt) if whole else self.tokenizer.encode_target(prompt)
-            return prompt, self.checked_ids(token_ids, target)
+            return prompt, self.checked_ids(
+                tokenizer.encode(prompt) if whole else tokenizer.encode_target(prompt), target
+            )
         if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
             raise ValueError(f"a prompt is a string, {FORMS}, got {prompt!r:.80}")
         return None, self.checked_ids(prompt["prompt_token_ids"], target)
 
     def target_ids(self, target: str | SequenceOf[int]) -> list[int]:
-        """The token ids of a target given as text or as ids."""
-        if isinstance(target, str):
-            return self._text_and_ids(target, target=True)[1]
-        return self.checked_ids(target, target=True)
+        """The token ids of a target given as text, with no special tokens around it, or as ids."""
+        if not isinstance(target, str):
+            return self.checked_ids(target, target=True)
+        return self.checked_ids(self._encoder(target).encode_target(target), target=True)
+
+    def _encoder(self, text: str) -> Tokenizer:
+        """The tokenizer, for a text that it can encode."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give prompt_token_ids instead of text")
+        if not is_unicode(text):
+            raise ValueError(f"the prompt is not valid Unicode: {text!a:.80}")
+        return self.tokenizer
 
     def checked_ids(self, token_ids: Any, target: bool) -> list[int]:
         """``token_ids`` as a list of ints inside the vocabulary."""

@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Logprob(NamedTuple):
-    """A token's log-probability under the model (before penalties and temperature) and its rank, from 1."""
+    """A token's log-probability under the model and its rules (not penalties or temperature), and its rank, from 1."""
 
     logprob: float
     rank: int

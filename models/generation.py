@@ -10,9 +10,7 @@ from models.config import BOS_ID, EOS_ID, LARGEST, PAD_ID, ConfigError
 
 # The keys of generation_config.json that set how tokens are chosen where the caller does not.
 DEFAULTS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(
-        ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), (float, int)
-    ),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"), (float, int)),
     **dict.fromkeys(
         (
             "top_k",
@@ -30,6 +28,16 @@ DEFAULTS: dict[str, tuple[type, ...]] = {
 }
 
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# What else would change the output, and the values at which it does not.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "num_beam_groups", "guidance_scale"), (1, None)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (0, None)),
+    **dict.fromkeys(("exponential_decay_length_penalty", "penalty_alpha", "sequence_bias", "stop_strings"), (None,)),
+    **dict.fromkeys(("constraints", "force_words_ids", "dola_layers", "prompt_lookup_num_tokens"), (None,)),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """The special tokens of a model, and its makers' defaults; as it stands, those of models trained here.
@@ -40,7 +48,9 @@ class GenerationConfig:
         forced_bos_id: the first token after the start. forced_eos_id: the last one at the longest length.
         suppress_ids: tokens never generated; begin_suppress_ids: not as the first. bad_words: sequences of tokens never
             completed.
+        renormalize: whether a beam's log-probabilities sum to one again after the rules have struck tokens out.
         defaults: the makers' settings, by the names of generation_config.json.
+        unsupported: those of them that we cannot follow.
         tasks: ``task_specific_params``: by task, a ``prefix`` of the source and settings.
     """
 
@@ -53,6 +63,8 @@ class GenerationConfig:
     suppress_ids: tuple[int, ...] = ()
     begin_suppress_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    renormalize: bool = False
+    unsupported: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -68,6 +80,7 @@ class GenerationConfig:
             "suppress_tokens": list(self.suppress_ids),
             "begin_suppress_tokens": list(self.begin_suppress_ids),
             "bad_words_ids": [list(word) for word in self.bad_words],
+            "renormalize_logits": self.renormalize or None,
             "task_specific_params": {task: dict(settings) for task, settings in self.tasks.items()},
         }
         return {name: value for name, value in {**ids, **self.defaults}.items() if value not in (None, [], {})}
@@ -81,8 +94,12 @@ def read_generation(
     Ids beyond ``vocab_size`` never come, so that nothing has to end at them or suppress them. Raises ConfigError for a
     value that is no token id, and for such an id where a token is forced.
     """
-    # Files of either age may leave one id in config.json alone.
-    settings = {**config, **{key: value for key, value in (generation or {}).items() if value is not None}}
+    settings = dict(config)
+    if generation is not None:
+        # Newer files may leave a special token to config.json; everything else counts where it stands alone.
+        ids = {key: config[key] for key in SPECIAL if key in config}
+        tasks = {"task_specific_params": config.get("task_specific_params")}
+        settings = {**ids, **tasks, **{key: value for key, value in generation.items() if value is not None}}
 
     def known(key: str) -> tuple[int, ...]:
         return tuple(token_id for token_id in _ids(key, settings.get(key)) if token_id < vocab_size)
@@ -104,6 +121,8 @@ def read_generation(
         suppress_ids=known("suppress_tokens"),
         begin_suppress_ids=known("begin_suppress_tokens"),
         bad_words=tuple(word for word in _bad_words(settings.get("bad_words_ids")) if max(word) < vocab_size),
+        renormalize=settings.get("renormalize_logits") is True,
+        unsupported=tuple(key for key, idle in UNSUPPORTED.items() if settings.get(key) not in idle),
         defaults=_defaults(settings),
         tasks=_tasks(settings.get("task_specific_params")),
     )

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from models.files import CheckpointError
+from models.vocabularies.tokenizer_files import TOKENIZER_FILES
 from models.weights import INDEX_SUFFIX, SAFETENSORS_FILE, TORCH_FILE, weight_files
 
 GGUF_SUFFIX = ".gguf"
@@ -15,11 +16,7 @@ TIMEOUT = 10  # seconds for the Hub to answer at all: a mistyped folder should n
 # Named one by one: a repository may also hold weights of other precisions and frameworks, larger than what is read.
 SAFETENSORS_PATTERNS = [SAFETENSORS_FILE, SAFETENSORS_FILE + INDEX_SUFFIX, "model-*-of-*.safetensors"]
 TORCH_PATTERNS = [TORCH_FILE, TORCH_FILE + INDEX_SUFFIX, "pytorch_model-*-of-*.bin"]
-OTHER_PATTERNS = [
-    "config.json", "generation_config.json", "chat_template.*", "additional_chat_templates/*", "tokenizer.json",
-    "target_tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "*.model", "*.spm",
-]  # fmt: skip
+OTHER_PATTERNS = ["config.json", "generation_config.json", "target_tokenizer.json", "*.txt", *TOKENIZER_FILES]
 
 
 def resolve_folder(model: str | Path) -> Path:
@@ -28,6 +25,8 @@ def resolve_folder(model: str | Path) -> Path:
     Raises CheckpointError for what is in none of these places.
     """
     path = Path(model)
+    if not str(model):
+        raise CheckpointError("the model's name is empty: expected a folder, a .gguf file or the id of a repository")
     if path.is_dir() or (path.suffix == GGUF_SUFFIX and path.is_file()):
         return path
     if path.exists():

@@ -47,7 +47,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
             return super().forward(x)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(self.weight.dtype)
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -68,8 +69,10 @@ class FeedForward(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The second layer of a float16 model may be float32: then so is all that could overflow before it.
-        hidden = self.up(x).to(self.down.weight.dtype)
+        hidden = self.up(x)
+        if self.down.weight.dtype != self.up.weight.dtype:
+            # The second layer of a float16 model may be float32: then so is all that could overflow before it.
+            hidden = hidden.to(self.down.weight.dtype)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             return self.down(self.activation(gate) * hidden)

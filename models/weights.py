@@ -25,6 +25,7 @@ SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "U8": torch.uint8,
 }  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"
 ZIP_MAGIC = b"PK\x03\x04"
 REFUSALS = ("GLOBAL", "allowlisted", "unrecognized function")  # what PyTorch says of a pickle that wants to run code
 
@@ -125,6 +126,9 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
 @contextmanager
 def _safetensors_errors(path: Path) -> Iterator[None]:
     try:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"{path} is a git-lfs pointer to the weights: fetch them with `git lfs pull`")
         yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from None

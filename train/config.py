@@ -147,6 +147,10 @@ class RunConfig:
 
 
 def _check_training(training: TrainingSection) -> None:
+    if training.name is not None and (
+        not training.name or Path(training.name).is_absolute() or ".." in Path(training.name).parts
+    ):
+        raise ConfigError(f"training.name is {training.name!r}: expected the name of a folder within output_dir")
     for name in ("batch_size", "accumulation", "num_epochs", "log_interval"):
         if getattr(training, name) < 1:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected at least 1")

@@ -104,6 +104,9 @@ class _Renderer:
             return worker.stdout.readline()
         except BrokenPipeError:
             return ""
+        except BaseException:  # an interrupt: the answer to come would be taken for the next request's
+            self.close()
+            raise
 
     def _running(self) -> subprocess.Popen[str]:
         if self._worker is not None and self._worker.poll() is not None:

@@ -12,7 +12,7 @@ from models.families.family import Family, Values, windows
 
 def config(values: Values, names: Collection[str]) -> TransformerConfig:
     ours = llama.config({"num_key_value_heads": 8, **values}, names)
-    return dataclasses.replace(ours, **windows(values, ours.depth, range(ours.depth)))
+    return dataclasses.replace(ours, **windows({"sliding_window": 4096, **values}, ours.depth, range(ours.depth)))
 
 
 FAMILY = Family(config, llama.weights, prefix="model.", ignored=llama.IGNORED)

@@ -44,8 +44,9 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Weights, Tokenizer | None]:
     file = GgufFile(path)
     config, vocabulary = read_config(file), read_vocabulary(file)
     if vocabulary is not None:
-        ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": vocabulary.eos_id, "pad_token_id": vocabulary.pad_id}
-        config |= ids
+        ends = [end for end in (vocabulary.eos_id, vocabulary.eot_id) if end is not None]
+        eos: int | list[int] | None = ends if len(set(ends)) > 1 else vocabulary.eos_id
+        config |= {"bos_token_id": vocabulary.bos_id, "eos_token_id": eos, "pad_token_id": vocabulary.pad_id}
     return config, GgufWeights(file, config), None if vocabulary is None else _tokenizer(vocabulary)
 
 

@@ -49,6 +49,7 @@ class GgufVocabulary:
     vocabulary: Vocabulary
     bos_id: int | None
     eos_id: int | None
+    eot_id: int | None  # of a turn in a chat, where that is another token
     pad_id: int | None
     unk_id: int | None
     add_bos: bool
@@ -87,6 +88,7 @@ def read_vocabulary(file: GgufFile) -> GgufVocabulary | None:
         vocabulary,
         bos_id=metadata.token_id("bos", kind.bos_id),
         eos_id=metadata.token_id("eos", kind.eos_id),
+        eot_id=metadata.token_id("eot", None),
         pad_id=metadata.token_id("padding", kind.pad_id),
         unk_id=metadata.token_id("unknown", kind.unk_id),
         add_bos=metadata.get("ggml.add_bos_token", bool, kind.add_bos or metadata.pre in WHOLE_WORDS),

@@ -81,9 +81,12 @@ def test_a_task_puts_its_prefix_before_the_source(tmp_path: Path) -> None:
 
 
 def test_the_ids_of_older_files_are_read_from_config_json(tmp_path: Path) -> None:
-    llm = LLM(folder(tmp_path, "bart", {}, eos_token_id=[3, 5], forced_bos_token_id=11, decoder_start_token_id=7))
-    generation = llm.model.generation
-    assert (generation.eos_ids, generation.forced_bos_id, generation.start_id) == ((3, 5), 11, 7)
+    where = folder(tmp_path, "bart", {}, eos_token_id=[3, 5], forced_bos_token_id=11, decoder_start_token_id=7)
+    beside = LLM(where).model.generation
+    assert (beside.eos_ids, beside.forced_bos_id, beside.start_id) == ((3, 5), None, 7)
+    (where / "generation_config.json").unlink()
+    alone = LLM(where).model.generation
+    assert (alone.eos_ids, alone.forced_bos_id, alone.start_id) == ((3, 5), 11, 7)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -97,6 +100,47 @@ def test_a_summariser_s_settings_give_transformers_output(beams: int, tmp_path: 
     wanted = model.generate(torch.tensor([PROMPT["prompt_token_ids"]]))[0, 1:].tolist()
     assert len(wanted) >= 13
     assert output_ids(LLM(where)) == wanted
+
+
+@pytest.mark.parametrize(
+    "settings", [{"renormalize_logits": True, "bad_words_ids": [[72]]}, {"repetition_penalty": 2.5}], ids=str
+)
+def test_a_search_follows_what_its_makers_ask_for(settings: dict[str, Any], tmp_path: Path) -> None:
+    generation = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 12, "no_repeat_ngram_size": 2,
+                  "eos_token_id": list(range(100, 200)), "decoder_start_token_id": 2, "pad_token_id": 1}  # fmt: skip
+    model = build("bart")
+    where = folder(tmp_path, "bart", generation | settings)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(where)
+    ids = torch.tensor([PROMPT["prompt_token_ids"]])
+    wanted = model.generate(ids, output_scores=True, return_dict_in_generate=True)
+    (found,) = LLM(where).beam_search(PROMPT)
+    scores = torch.tensor([each.score for each in found.sequences])
+    torch.testing.assert_close(scores, wanted.sequences_scores, atol=1e-4, rtol=0)
+    for ours, theirs in zip(found.sequences, wanted.sequences[:, 1:].tolist(), strict=True):
+        assert ours.token_ids == theirs[: len(ours.token_ids)]
+
+
+def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path) -> None:
+    llm = LLM(folder(tmp_path, "gpt2", {"exponential_decay_length_penalty": [4, 1.5]}))
+    with pytest.raises(ValueError, match="exponential_decay_length_penalty"):
+        llm.generate(PROMPT)
+    assert output_ids(llm, SamplingParams(temperature=0, max_tokens=3))
+    with pytest.raises(ValueError, match="asks for no beams"):
+        LLM(folder(tmp_path, "gpt2", {})).beam_search(PROMPT)
+
+
+@pytest.mark.parametrize("changes", [{"nothing": 1}, {"forced_bos_id": 99999}, {"eos_ids": (5, 99999)}], ids=str)
+def test_generation_is_not_changed_into_what_cannot_run(changes: dict[str, Any], tmp_path: Path) -> None:
+    llm = LLM(folder(tmp_path, "gpt2", {}))
+    with pytest.raises(ValueError, match=r"nothing|99999"):
+        llm.set_generation(**changes)
+
+
+def test_a_target_is_scored_as_it_would_be_generated(tmp_path: Path) -> None:
+    llm = LLM(folder(tmp_path, "bart", {"forced_bos_token_id": 11, "eos_token_id": 3, "decoder_start_token_id": 2}))
+    (free,), (given,) = llm.score([PROMPT], [[150, 160]]), llm.score([PROMPT], [[11, 150, 160, 3]])
+    assert free.token_ids == [11, 150, 160, 3]
+    assert free.total == given.total
 
 
 def test_min_tokens_holds_stop_tokens_back_too(tmp_path: Path) -> None:

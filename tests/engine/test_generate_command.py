@@ -114,6 +114,8 @@ def test_beams_print_what_the_search_found(
     [
         (["--beam-width", 0], "beam_width"),
         (["--beam-width", 2, "--n", 3], "num_return_sequences"),
+        (["--beam-width", 2, "--temperature", 0.5], "--temperature belongs to sampling"),
+        (["--beam-width", 2, "--stop", "a"], "--stop belongs to sampling"),
         (["--target-language", "fra_Latn"], "no languages"),
         (["--task", "summarization"], "task 'summarization'"),
         (["--chat"], "chat template"),
@@ -126,3 +128,19 @@ def test_what_the_model_or_the_search_cannot_do_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_search_that_fails_says_so(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    for file in model_folder.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    everything = {"suppress_tokens": list(range(60)), "eos_token_id": 2, "decoder_start_token_id": 1}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(everything))
+    options = ["--model", tmp_path / "model", "--beam-width", 2]
+    assert run(*options, "--prompt", "a") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "in.txt").write_text("abc\n")
+    assert run(*options, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl") == 0
+    (failed,) = json.loads((tmp_path / "out.jsonl").read_text())["outputs"]
+    assert failed["finish_reason"] == "error"
+    assert failed["error"]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich import get_console
+from tokenizers import Tokenizer as Vocabulary
+from tokenizers.processors import TemplateProcessing
 
 from engine import LLM, SamplingParams
 from models import DecoderOnly, EncoderDecoder
@@ -307,7 +309,8 @@ def test_scoring_what_is_not_finite_leaves_nothing_behind(backend: str) -> None:
         model.decoder.embedding.tokens.weight[50] = float("nan")
     llm = LLM.from_model(model, None, device="cpu", backend=backend)
     before = llm.generate({"prompt_token_ids": [5]}, GREEDY, use_tqdm=False)[0].outputs[0]
-    llm.score([{"prompt_token_ids": [5]}], [[50] * 30])
+    with pytest.raises(ValueError, match="no finite logits for target 0"):
+        llm.score([{"prompt_token_ids": [5]}], [[50] * 30])
     assert llm.generate({"prompt_token_ids": [5]}, GREEDY, use_tqdm=False)[0].outputs[0] == before
 
 
@@ -367,3 +370,13 @@ def test_a_device_and_dtype_may_be_torchs_own(model_folder: Path) -> None:
 def test_score_takes_lists(llm: LLM, given: object) -> None:
     with pytest.raises(ValueError, match="list of prompts"):
         llm.score(given, given)  # type: ignore[arg-type]
+
+
+def test_a_continuation_is_scored_without_the_token_that_begins_a_text(tokenizer: Tokenizer) -> None:
+    vocabulary = Vocabulary.from_str(tokenizer.source.to_str())
+    vocabulary.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    llm = LLM.from_model(tiny_model("decoder_only", vocab_size=tokenizer.vocab_size), Tokenizer(vocabulary))
+    (text,) = llm.score(["abc"], ["de"])
+    assert text.token_ids == tokenizer.encode("de")
+    with pytest.raises(ValueError, match="empty"):
+        llm.score(["abc"], [""])

@@ -181,3 +181,25 @@ def test_a_tokenizer_without_a_template_says_so(tmp_path: Path) -> None:
         tokenizer_with(None, tmp_path).apply_chat_template(CHAT)
     with pytest.raises(ConfigError, match="called default, only other"):
         tokenizer_with([{"name": "other", "template": ""}], tmp_path).apply_chat_template(CHAT)
+
+
+class InterruptedPipe:
+    """A pipe on which someone presses Ctrl-C while its answer is awaited."""
+
+    def readline(self) -> str:
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_interrupt_does_not_leave_an_answer_to_the_next_conversation() -> None:
+    plain = "{{ messages[0]['content'] }}"
+    assert render_chat(plain, [{"role": "user", "content": "first"}], {}) == "first"
+    assert _renderer._worker is not None
+    pipe, _renderer._worker.stdout = _renderer._worker.stdout, InterruptedPipe()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        render_chat(plain, [{"role": "user", "content": "second"}], {})
+    assert pipe is not None
+    pipe.close()
+    assert render_chat(plain, [{"role": "user", "content": "third"}], {}) == "third"
