@@ -32,6 +32,7 @@ test-slow: env
 	$(RUN) -m pytest -m slow
 
 bench: env
+	$(RUN) -m tools.profile load --against transformers
 	$(RUN) -m tools.profile sampling --against transformers
 	$(RUN) -m tools.profile train --against transformers
 
@@ -54,7 +55,7 @@ gpu-build:
 
 gpu-test:
 	mkdir -p $(RESULTS)
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider --junitxml=$(RESULTS)/gpu-test.xml
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py -p no:cacheprovider --junitxml=$(RESULTS)/gpu-test.xml
 
 gpu-bench:
 	mkdir -p $(RESULTS)

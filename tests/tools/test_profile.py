@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.profile import load
+from tools.profile.__main__ import Options
 from tools.profile.report import Report, table
 from tools.profile.timing import interleaved
 
@@ -69,3 +71,19 @@ def test_a_name_it_does_not_know_is_refused_in_one_line(arguments):
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert arguments[-1] in result.stderr
+
+
+def test_loading_is_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = load.Shape("gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 200, "n_positions": 64})
+    monkeypatch.setattr(load, "SHAPES", {"tiny": tiny})
+    monkeypatch.setattr(load, "ROUNDS", 1)
+    report = load.run(Options(against=["transformers"], shapes=[], batches=[], seconds=0.1))
+    assert not report.failures  # the same first token
+    assert [row["who"] for row in report.rows] == ["tandem", "transformers"]
+    assert all(0 < float(row["first token s"] or 0) < 60 for row in report.rows)
+
+
+def test_a_peer_that_is_not_there_is_one_line() -> None:
+    result = profile("load", "--shape", "gpt2", "--against", "ctranslate2", "--peer-python", "/bin/false")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("tools.profile: ctranslate2 could not be measured")

@@ -57,6 +57,9 @@ def run(options: Options) -> Report:
 
 def measure(shape: Shape, folder: Path, options: Options) -> dict[str, list[dict[str, Any]]]:
     """Each contender's samples, taken in turns after one round to warm the file cache."""
+    work(options, "tandem")  # a peer's Python that is not one should not wait for a model to be made
+    for peer in options.against:
+        work(options, peer)
     make_checkpoint(shape, folder / "model")
     folders = {"tandem": folder / "model"} | dict.fromkeys(options.against, folder / "model")
     if "ctranslate2" in folders:

@@ -1,7 +1,7 @@
 """Run by ``tools.profile load`` in a process of its own: opens a folder, generates a token, prints what it took.
 
-It stands alone, so that a peer's Python needs nothing of ours. Arguments: WHO FOLDER THREADS causal|seq2seq, or
-``convert FOLDER OUTPUT`` for what CTranslate2 does beforehand.
+It stands alone, so that a peer's Python needs nothing of ours. Arguments: WHO FOLDER THREADS causal|seq2seq; WHO alone
+to ask whether it is there; or ``convert FOLDER OUTPUT`` for what CTranslate2 does beforehand.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROMPT = list(range(100, 132))
+PACKAGES = {"tandem": "engine", "transformers": "transformers", "ctranslate2": "ctranslate2"}
 SPECIAL = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 Open = Callable[[], int]  # opens the model and returns its first token
 
@@ -78,7 +79,11 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def main(who: str, folder: str, *rest: str) -> None:
+def main(who: str, folder: str = "", *rest: str) -> None:
+    if not folder:  # only asked whether it is there
+        __import__(PACKAGES[who])
+        print(json.dumps({}))
+        return
     if who == "convert":
         convert(folder, rest[0])
         print(json.dumps({}))
