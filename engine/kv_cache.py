@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -222,39 +221,26 @@ class CacheView:
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         self.cache.append(layer, k, v, self.slots)
-        return self._attend(
-            q,
-            lambda part, queries: paged_attention(
-                queries,
-                *self.cache.blocks_of(layer, part.tables),
-                part.lengths,
-                part.cu_seqlens,
-                max_seqlen_q=part.max_count,
-                causal=True,
-                backend=self.backend,
-                **options,
-            ),
-        )
+        return self._attend(layer, q, options, source=False)
 
     def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
-        return self._attend(
-            q,
-            lambda part, queries: paged_attention(
-                queries,
-                *self.cache.blocks_of(layer, part.source_tables),
-                part.source_lengths,
+        return self._attend(layer, q, options, source=True)
+
+    def _attend(self, layer: int, q: Tensor, options: AttentionOptions, *, source: bool) -> Tensor:
+        mixed = [
+            paged_attention(
+                q[part.tokens],
+                *self.cache.blocks_of(layer, part.source_tables if source else part.tables),
+                part.source_lengths if source else part.lengths,
                 part.cu_seqlens,
                 max_seqlen_q=part.max_count,
-                causal=False,
+                causal=not source,
                 backend=self.backend,
                 **options,
-            ),
-        )
-
-    def _attend(self, q: Tensor, attend: Callable[[Part, Tensor], Tensor]) -> Tensor:
-        if len(self.parts) == 1:
-            return attend(self.parts[0], q)
-        return torch.cat([attend(part, q[part.tokens]) for part in self.parts])
+            )
+            for part in self.parts
+        ]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
     def _part(self, rows: NDArray[np.int64], ends: Table, offsets: NDArray[np.int64]) -> Part:
         source_lengths = self.cache.source_lengths[rows]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import processors
 from torch import Tensor
 
 from models.files import CheckpointError
@@ -16,6 +15,7 @@ from models.gguf.config import ROPE_FACTORS, read_config
 from models.gguf.file import GgufFile
 from models.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from models.tokenizer import SpecialTokens, Tokenizer
+from models.vocabularies.builders import surround
 from models.weights import Weights
 
 SLICE = 1 << 22  # elements dequantised at a time, which bounds the memory for it beside the result
@@ -55,12 +55,9 @@ def _tokenizer(given: GgufVocabulary) -> Tokenizer:
         return None if token_id is None else given.vocabulary.id_to_token(token_id)
 
     special = SpecialTokens(token(given.bos_id), token(given.eos_id), token(given.pad_id), token(given.unk_id))
-    around = [special.bos if given.add_bos else None, "$A", special.eos if given.add_eos else None]
-    ids = {special.bos: given.bos_id, special.eos: given.eos_id}
+    before, after = [special.bos] if given.add_bos else [], [special.eos] if given.add_eos else []
     if given.add_bos or given.add_eos:
-        template = [part for part in around if part is not None]
-        used = [(part, ids[part]) for part in template if part != "$A"]
-        given.vocabulary.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+        surround(given.vocabulary, [token for token in before if token], [token for token in after if token])
     return Tokenizer(given.vocabulary, special=special, chat_template=given.chat_template)
 
 

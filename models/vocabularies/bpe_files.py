@@ -8,8 +8,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Vocabulary
 
 from models.config import ConfigError
-from models.vocabularies.builders import byte_level_bpe
-from models.vocabularies.languages import surround
+from models.vocabularies.builders import byte_level_bpe, surround
 from models.vocabularies.tokenizer_config import TokenizerConfig, read_json_object
 
 

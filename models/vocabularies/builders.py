@@ -4,48 +4,42 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Vocabulary
+
+from models.config import ConfigError
 
 SPACE = "▁"  # what sentencepiece writes for a space
 PrependScheme = Literal["always", "first", "never"]
 
 
 def byte_level_bpe(
-    vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str | None = None, add_prefix_space: bool = False,
-    ignore_merges: bool = False,
+    vocab: dict[str, int], merges: list[tuple[str, str]], add_prefix_space: bool = False
 ) -> Vocabulary:  # fmt: skip
-    """BPE over the bytes of a text, which have no unknown token; GPT-2's, BART's, Llama 3's, Qwen's.
+    """BPE over the bytes of a text, which have no unknown token; GPT-2's and BART's.
 
     Args:
         vocab: tokens in GPT-2's alphabet of printable characters for bytes.
-        pattern: the regular expression that finds the words merges stay within; GPT-2's unless given.
         add_prefix_space: encode a text as if a space stood before it.
-        ignore_merges: a word that is a token needs no merges, as in Llama 3.
     """
-    vocabulary = Vocabulary(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
-    if pattern is None:
-        vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    else:
-        words = pre_tokenizers.Split(Regex(pattern), "isolated")
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
-        vocabulary.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    vocabulary = Vocabulary(models.BPE(vocab=vocab, merges=merges))
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     vocabulary.decoder = decoders.ByteLevel()
     return vocabulary
 
 
 def sentencepiece_bpe(
-    vocab: dict[str, int], merges: list[tuple[str, str]] | None = None, unk: str | None = None,
-    byte_fallback: bool = True, prepend: PrependScheme = "first",
+    vocab: dict[str, int], unk: str | None = None, byte_fallback: bool = True, prepend: PrependScheme = "first"
 ) -> Vocabulary:  # fmt: skip
     """Sentencepiece's BPE, as Llama and Mistral have it: spaces are kept, what has no piece becomes bytes.
 
     Args:
-        vocab: the pieces; their order is the rank of merges where those are not given.
+        vocab: the pieces; their order is the rank of merges.
         prepend: whether a text starts with a space: always, only where no special token goes before it, or never.
     """
-    merges = ranked_merges(vocab) if merges is None else merges
-    model = models.BPE(vocab=vocab, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback)
+    model = models.BPE(
+        vocab=vocab, merges=ranked_merges(vocab), unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback
+    )
     vocabulary = Vocabulary(model)
     vocabulary.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=False)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -85,14 +79,22 @@ def frame_words(vocabulary: Vocabulary, charsmap: bytes, split_at_whitespace: bo
     vocabulary.decoder = decoders.Metaspace(SPACE, prepend_scheme="always", split=True)
 
 
-def ranked_merges(vocab: dict[str, int], scores: dict[str, float] | None = None) -> list[tuple[str, str]]:
-    """The merges sentencepiece's BPE makes: any two pieces that join into a third, the best third first.
-
-    Best is the highest score, or the lowest id where no scores are given.
-    """
+def ranked_merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges sentencepiece's BPE makes: any two pieces that join into a third, that of the lowest id first."""
     merges = []
     for piece, rank in vocab.items():
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
-        worth = rank if scores is None else -scores[piece]
-        merges += [(worth, len(left), left, right) for left, right in splits if left in vocab and right in vocab]
+        merges += [(rank, len(left), left, right) for left, right in splits if left in vocab and right in vocab]
     return [(left, right) for *_, left, right in sorted(merges, key=lambda merge: merge[:2])]
+
+
+def surround(vocabulary: Any, before: list[str], after: list[str]) -> None:
+    """Makes a vocabulary put special tokens before and after what it encodes. Raises ConfigError for one it lacks."""
+    for token in before + after:
+        if vocabulary.token_to_id(token) is None:
+            raise ConfigError(f"the tokenizer's vocabulary lacks {token}, which its family puts around a text")
+    if hasattr(vocabulary, "surround"):  # one of ours, written in Python
+        vocabulary.surround(before, after)
+        return
+    ids = [(token, vocabulary.token_to_id(token)) for token in dict.fromkeys(before + after)]
+    vocabulary.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=ids)

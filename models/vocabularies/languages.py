@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tokenizers import processors
-
 from models.config import ConfigError
+from models.vocabularies.builders import surround
 from models.vocabularies.tokenizer_config import TokenizerConfig
 
 # What stands around a source text, by tokenizer class: {} is the language's token.
@@ -71,15 +70,3 @@ class Languages:
             return
         before, after = ([part.format(self.tokens[self.source]) for part in side] for side in (self.before, self.after))
         surround(vocabulary, before, after)
-
-
-def surround(vocabulary: Any, before: list[str], after: list[str]) -> None:
-    """Makes a vocabulary put special tokens before and after what it encodes. Raises ConfigError for one it lacks."""
-    for token in before + after:
-        if vocabulary.token_to_id(token) is None:
-            raise ConfigError(f"the tokenizer's vocabulary lacks {token}, which its family puts around a text")
-    if hasattr(vocabulary, "surround"):  # one of ours, written in Python
-        vocabulary.surround(before, after)
-        return
-    ids = [(token, vocabulary.token_to_id(token)) for token in dict.fromkeys(before + after)]
-    vocabulary.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=ids)

@@ -9,8 +9,7 @@ from tokenizers import Tokenizer as Vocabulary
 
 from models.config import ConfigError
 from models.vocabularies import language_codes
-from models.vocabularies.builders import frame_words, sentencepiece_bpe, sentencepiece_unigram
-from models.vocabularies.languages import surround
+from models.vocabularies.builders import frame_words, sentencepiece_bpe, sentencepiece_unigram, surround
 from models.vocabularies.sentencepiece_file import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceFile
 from models.vocabularies.tokenizer_config import TokenizerConfig
 

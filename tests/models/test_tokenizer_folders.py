@@ -206,15 +206,14 @@ def test_a_tokenizer_from_parts_is_that_of_the_file(tmp_path: Path) -> None:
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
 
-def test_merges_follow_scores_where_those_are_given() -> None:
+def test_merges_follow_the_order_of_the_pieces() -> None:
     from models.vocabularies.builders import ranked_merges
 
     vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}
     assert ranked_merges(vocab) == [("a", "b"), ("b", "c")]
-    scores = {"a": 0.0, "b": 0.0, "c": 0.0, "ab": -2.0, "bc": -1.0}
-    assert ranked_merges(vocab, scores) == [("b", "c"), ("a", "b")]
-    tokenizer = sentencepiece_bpe(vocab, ranked_merges(vocab, scores), prepend="never")
-    assert tokenizer.encode("abc").tokens == ["a", "bc"]
+    assert sentencepiece_bpe(vocab, prepend="never").encode("abc").tokens == ["ab", "c"]
+    later = {"a": 0, "b": 1, "c": 2, "bc": 3, "ab": 4}
+    assert sentencepiece_bpe(later, prepend="never").encode("abc").tokens == ["a", "bc"]
 
 
 def test_a_folder_without_tokenizer_files_has_none(tmp_path: Path) -> None:
