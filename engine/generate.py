@@ -32,7 +32,10 @@ def main(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engine.generate", description="Generates text with a model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.generate",
+        description="Generates text with a model, greedily unless options say otherwise.",
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint folder, a .gguf file or a Hub id")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
