@@ -1,8 +1,8 @@
 """Rules on the next token that look at the sequence so far: what must come, and what must not.
 
-The meaning and the order are those of transformers' logits processors. Rules only set entries, to 0 or to minus
-infinity, so they apply to logits (sampling) as to log-probabilities (beam search, whose sums then leave a forced token
-out, as in transformers).
+The meaning and the order are those of transformers' logits processors. But for the two that are for beams alone, rules
+only set entries, to 0 or to minus infinity, so they apply to logits (sampling) as to log-probabilities (beam search,
+whose sums then leave a forced token out, as in transformers).
 """
 
 from __future__ import annotations
@@ -75,9 +75,12 @@ def apply_to_samples(samples: list[Sequence], logits: Tensor) -> None:
         rules = sequence.request.rules
         if rules.ask_nothing:
             continue
-        # A long history is made a tensor only for the rules that read it.
-        history = sequence.token_ids if rules.reads_history else [0] * len(sequence.token_ids)
-        apply_rules(logits[i : i + 1], torch.tensor([history]), rules, sequence.num_prompt, sequence.max_length)
+        # A long history is made a tensor only for the rules that read it; the others ask for its length.
+        length = len(sequence.token_ids)
+        history = (
+            torch.tensor([sequence.token_ids]) if rules.reads_history else torch.empty(1, length, dtype=torch.int64)
+        )
+        apply_rules(logits[i : i + 1], history, rules, sequence.num_prompt, sequence.max_length)
 
 
 NO_RULES = GenerationRules()

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import models
+from engine import LLM, SamplingParams
 from models.transformer import EncoderDecoder
 
 # The widths of T5-large and Flan-T5-large; all their layers where time allows.
@@ -63,6 +64,18 @@ def check(folder: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_overflows_a_plain_float16_t5_does_not_overflow_ours(shape: str, tmp_path: Path) -> None:
     check(save_t5(tmp_path, shape, layers=2))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_engine_generates_with_it(shape: str, dtype: str, tmp_path: Path) -> None:
+    llm = LLM(save_t5(tmp_path, shape, layers=1), dtype=dtype, max_num_seqs=2, max_model_len=32)
+    prompts = [{"prompt_token_ids": list(range(3, 15))}, {"prompt_token_ids": [7]}]
+    for output in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), use_tqdm=False):
+        (completion,) = output.outputs
+        assert completion.error is None
+        assert len(completion.token_ids) == 6
+    assert all(score.total < 0 for score in llm.score(prompts, [[5, 6], [8]]))
 
 
 @pytest.mark.slow
