@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import LLM, BeamSearchParams, SamplingParams
-from tests.models.small_families import CASES, ENCODER_DECODERS, build, save
+from tests.models.small_families import CASES, ENCODER_DECODERS, build, rewrite_as_4x, save
 
 NUM_PROMPTS, NUM_TOKENS = 16, 64
 ENDS = list(range(100, 140))  # so many end tokens that beams end here and there
@@ -20,18 +20,24 @@ COMBINATIONS = [(0.6, True, 0, False), (1.0, False, 3, True), (2.0, "never", 0, 
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, list[Path]]:
     model = build(request.param)
-    return request.param, model, save(model, tmp_path_factory.mktemp("family"))
+    return request.param, model, saved(model, tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=ENCODER_DECODERS)
-def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LLM]:
+def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[LLM]]:
     model = build(request.param)
     model.generation_config.eos_token_id = ENDS
     model.generation_config.forced_eos_token_id = None
-    folder = save(model, tmp_path_factory.mktemp("family"))
-    return model, LLM(folder, max_num_seqs=32, max_model_len=128)
+    return model, [LLM(folder, max_num_seqs=32, max_model_len=128) for folder in saved(model, tmp_path_factory)]
+
+
+def saved(model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The model's folder as transformers 5 writes it, and as transformers 4 did."""
+    newer, older = (save(model, tmp_path_factory.mktemp("family")) for _ in range(2))
+    rewrite_as_4x(older)
+    return [newer, older]
 
 
 def ragged_prompts() -> list[list[int]]:
@@ -55,28 +61,29 @@ def generated(ids: list[int], ends: list[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def test_greedy_tokens_are_those_of_transformers(case: tuple[str, Any, Path]) -> None:
-    name, theirs, folder = case
+def test_greedy_tokens_are_those_of_transformers(case: tuple[str, Any, list[Path]]) -> None:
+    name, theirs, folders = case
     prompts, seq2seq = ragged_prompts(), name in ENCODER_DECODERS
     inputs = padded(prompts, left=not seq2seq)
     wanted = theirs.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False, num_beams=1)
     wanted = wanted[:, 1:] if seq2seq else wanted[:, inputs["input_ids"].shape[1] :]
-    llm = LLM(folder, max_num_seqs=NUM_PROMPTS, max_model_len=192)
-    ours = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
-        use_tqdm=False,
-    )
-    ends = list(llm.model.generation.eos_ids)
-    for output, row in zip(ours, wanted.tolist(), strict=True):
-        assert output.outputs[0].token_ids == generated(row, ends)
+    for folder in folders:
+        llm = LLM(folder, max_num_seqs=NUM_PROMPTS, max_model_len=192)
+        ours = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
+            use_tqdm=False,
+        )
+        ends = list(llm.model.generation.eos_ids)
+        assert ends
+        for output, row in zip(ours, wanted.tolist(), strict=True):
+            assert output.outputs[0].token_ids == generated(row, ends)
 
 
-def check_beams(model: Any, llm: LLM, beams: int, combination: tuple[float, bool | str, int, bool]) -> None:
+def check_beams(model: Any, llms: list[LLM], beams: int, combination: tuple[float, bool | str, int, bool]) -> None:
     penalty, stopping, ngram, forced = combination
     first, last = (11, ENDS[0]) if forced else (None, None)
     model.generation_config.forced_bos_token_id, model.generation_config.forced_eos_token_id = first, last
-    llm.set_generation(forced_bos_id=first, forced_eos_id=last)
     prompts = [prompt[:20] for prompt in ragged_prompts()[:3]]
     returned = min(3, beams)
     result = model.generate(
@@ -88,19 +95,21 @@ def check_beams(model: Any, llm: LLM, beams: int, combination: tuple[float, bool
         beams, max_tokens=16, length_penalty=penalty, early_stopping=stopping,  # type: ignore[arg-type]
         num_return_sequences=returned, no_repeat_ngram_size=ngram,
     )  # fmt: skip
-    outputs = llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
-    ours = [sequence for output in outputs for sequence in output.sequences]
-    assert [sequence.token_ids for sequence in ours] == [
-        generated(row, ENDS) for row in result.sequences[:, 1:].tolist()
-    ]
-    if beams > 1:  # one beam is greedy search there, without a score
-        scores = torch.tensor([sequence.score for sequence in ours])
-        torch.testing.assert_close(scores, result.sequences_scores, atol=1e-4, rtol=0)
+    for llm in llms:
+        llm.set_generation(forced_bos_id=first, forced_eos_id=last)
+        outputs = llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
+        ours = [sequence for output in outputs for sequence in output.sequences]
+        assert [sequence.token_ids for sequence in ours] == [
+            generated(row, ENDS) for row in result.sequences[:, 1:].tolist()
+        ]
+        if beams > 1:  # one beam is greedy search there, without a score
+            scores = torch.tensor([sequence.score for sequence in ours])
+            torch.testing.assert_close(scores, result.sequences_scores, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("beams", "combination"), list(zip([1, 2, 4, 7], COMBINATIONS, strict=True)))
 def test_beams_are_those_of_transformers(
-    seq2seq: tuple[Any, LLM], beams: int, combination: tuple[float, bool | str, int, bool]
+    seq2seq: tuple[Any, list[LLM]], beams: int, combination: tuple[float, bool | str, int, bool]
 ) -> None:
     check_beams(*seq2seq, beams, combination)
 
@@ -113,6 +122,6 @@ def all_combinations() -> Iterator[tuple[float, bool | str, int, bool]]:
 @pytest.mark.parametrize("combination", list(all_combinations()))
 @pytest.mark.parametrize("beams", [2, 4, 7])
 def test_beams_are_those_of_transformers_in_every_combination(
-    seq2seq: tuple[Any, LLM], beams: int, combination: tuple[float, bool | str, int, bool]
+    seq2seq: tuple[Any, list[LLM]], beams: int, combination: tuple[float, bool | str, int, bool]
 ) -> None:
     check_beams(*seq2seq, beams, combination)
