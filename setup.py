@@ -18,7 +18,7 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = [
-    "kernels", "models", "models.chat", "models.families", "models.gguf", "models.vocabularies", "engine", "train",
+    "kernels", "kernels.gpu", "models", "models.chat", "models.families", "models.gguf", "models.vocabularies", "engine", "train",
     "train.data", "tools", "tools.export", "tools.profile",
 ]  # fmt: skip
 

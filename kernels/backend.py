@@ -8,6 +8,7 @@ asked for and missing is an error.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -17,7 +18,29 @@ import torch
 BACKENDS = ("triton", "native", "torch", "reference")
 ENVIRONMENT_VARIABLE = "TANDEM_BACKEND"
 
+MIN_CUDA_CAPABILITY = (8, 0)  # what the Triton kernels are written and compiled for
+
 logger = logging.getLogger(__name__)
+
+
+def _triton_device() -> str | None:
+    """The type of device that Triton kernels run on in this process, if any."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    if torch.cuda.is_available():
+        return "cuda" if torch.cuda.get_device_capability() >= MIN_CUDA_CAPABILITY else None
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else None
+
+
+TRITON_DEVICE = _triton_device()  # "cpu": interpreted, for tests
+
+
+def available(device: torch.device, *, triton: bool = False, native: bool = False) -> tuple[str, ...]:
+    """The backends that serve a call on ``device``, best first, given which kernels of our own take its tensors."""
+    names = ("native", "torch", "reference") if native else ("torch", "reference")
+    if not triton or device.type != TRITON_DEVICE:
+        return names
+    return (*names, "triton") if device.type == "cpu" else ("triton", *names)
 
 
 def choose(operation: str, available: Sequence[str], requested: str | None = None) -> str:

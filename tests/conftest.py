@@ -11,7 +11,10 @@ import torch
 from models import DecoderOnly, EncoderDecoder, TransformerConfig, build_model
 from models.checkpoint import save
 from models.tokenizer import Tokenizer, train_vocabulary
+from tests import interpreter
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.install()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for a model
 TEXTS = ["abcdefghijklmnopqrstuvwxyz 0123456789+-.", "안녕하세요 세계"]

@@ -1,0 +1,21 @@
+"""What Triton compiles for in this process: a GPU's architecture, or its interpreter."""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by triton when a kernel is decorated, so fixed from then on
+
+
+@functools.cache
+def architecture() -> str:
+    """``sm90`` and the like, AMD's ``gfx942``, or ``interpreter``: the key of a kernel's configurations.
+
+    Taken once: the GPUs of one machine are alike.
+    """
+    if INTERPRETED:
+        return "interpreter"
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return f"sm{arch}" if isinstance(arch, int) else str(arch)
