@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gpu import attention_configs
 from kernels.gpu.attention_backward import (
@@ -107,7 +108,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     heads, groups = q.shape[-2], q.shape[-2] // k.shape[-2]
     blocks = triton.cdiv(call.max_seqlen_q, config.block_m)
     attention_forward_kernel[(blocks * _batch(q, call) * heads,)](
-        _rows(q), _rows(k), _rows(v), _rows(out), _per_query(lse), _lengths(call), _scores(call),
+        _rows(q), _rows(k), _rows(v), _rows(out), _per_query(lse), *_descriptors(k, v, call, config),
+        _lengths(call), _scores(call),
         _dense(call.bias, q, call), _dropout(call), heads, groups, blocks, *_dims(q), config.block_m, config.block_n,
         call.causal, _precision(q), config.stages, config.near_stages,
         num_warps=config.warps, num_stages=config.stages,
@@ -237,6 +239,24 @@ def _lengths(call: Call) -> Lengths:
 def _scores(call: Call) -> Scores:
     reach = None if call.table is None else call.table.shape[1] // 2
     return Scores(call.scale, call.softcap or None, call.window, call.slopes, call.table, reach)
+
+
+def _descriptors(k: Tensor, v: Tensor, call: Call, config: Config) -> tuple[TensorDescriptor | None, ...]:
+    """What the copy engine needs to fetch tiles of k and v, in the pieces of ``_dims``; it wants 16-byte strides."""
+    d0, d1, _ = _dims(k)
+    if not 0 < config.descriptors <= call.max_seqlen_k or not all(map(_is_aligned, (k, v))):
+        return None, None, None, None
+
+    def describe(x: Tensor, width: int) -> TensorDescriptor | None:
+        x = x if x.dim() == 4 else x.unsqueeze(0)
+        return TensorDescriptor(x, x.shape, x.stride(), [1, config.block_n, 1, width]) if width else None
+
+    return describe(k, d0), describe(k, d1), describe(v, d0), describe(v, d1)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
 
 
 def _dense(bias: Tensor | None, q: Tensor, call: Call) -> DenseBias:

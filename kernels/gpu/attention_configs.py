@@ -29,7 +29,7 @@ class Config:
     stages: int
     near_stages: int
     one_pass: bool = False  # for keys: add dq up with atomics unless the call has to be deterministic
-    descriptors: bool = False  # for forward: let the copy engine fetch k and v
+    descriptors: int = 0  # for forward: from this many keys on the copy engine fetches k and v; 0 is never
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Entry:
 
 SMALL = Config(64, 32, 4, 1, 1)  # for GPUs that the table does not know
 INTERPRETED = {  # small and unequal, so that tests at small sizes cross many borders
-    "forward": Config(32, 16, 4, 1, 1),
+    "forward": Config(32, 16, 4, 1, 1, descriptors=1),
     "keys": Config(16, 32, 4, 1, 1),
     "queries": Config(32, 16, 4, 1, 1),
     "bias_gradient": Config(16, 16, 4, 1, 1),

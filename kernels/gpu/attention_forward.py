@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -11,6 +9,7 @@ from kernels.gpu.attention_scores import (
     LN2,
     LOG2E,
     far_values,
+    fetch_tile,
     kept,
     key_ranges,
     load_bias,
@@ -26,39 +25,15 @@ from kernels.gpu.attention_scores import (
 
 @triton.jit
 def _walk(
-    acc0,
-    acc1,
-    total,
-    peak,
-    q0,
-    q1,
-    k,
-    v,
-    k_stride,
-    v_stride,
-    first_row,
-    first_position,
-    begin,
-    end,
-    lengths_qk,
-    place,
-    scores,
-    dense,
-    dropout,
-    far,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    NEAR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc0, acc1, total, peak, q0, q1, k, v, k_stride, v_stride, descriptors, source, first_row, first_position, begin, end,
+    bounds, place, scores, dense, dropout, far,
+    D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Takes the keys [begin, end) into the running output, sum and maximum of each query."""
-    length_q, length_k = lengths_qk
+    length_q, length_k = bounds
+    k0_tiles, k1_tiles, v0_tiles, v1_tiles = descriptors
     batch, head, sequence_head = place
     row = first_row + tl.arange(0, BLOCK_M)[:, None]
     position = first_position + tl.arange(0, BLOCK_M)[:, None]
@@ -68,10 +43,16 @@ def _walk(
     )
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         key = n + tl.arange(0, BLOCK_N)[None, :]
-        k0 = load_tile(k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+        if k0_tiles is not None:
+            k0 = fetch_tile(k0_tiles, source, n, length_k, BLOCK_N, 0, D0, True)
+        else:
+            k0 = load_tile(k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
         qk = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
-            k1 = load_tile(k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
+            if k1_tiles is not None:
+                k1 = fetch_tile(k1_tiles, source, n, length_k, BLOCK_N, D0, D1, True)
+            else:
+                k1 = load_tile(k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
             qk = tl.dot(q1, tl.trans(k1), qk, input_precision=PRECISION)
         if FOLDED:
             if MASKED:
@@ -92,11 +73,17 @@ def _walk(
         total = total * shrink + tl.sum(p, 1)
         if dropout.seed is not None:
             p = tl.where(kept(dropout, sequence_head, row, key), p, 0.0)
-        v0 = load_tile(v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+        if v0_tiles is not None:
+            v0 = fetch_tile(v0_tiles, source, n, length_k, BLOCK_N, 0, D0, EXACT or not MASKED)
+        else:
+            v0 = load_tile(v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
         p = p.to(v0.dtype)
         acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
         if D1 > 0:
-            v1 = load_tile(v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
+            if v1_tiles is not None:
+                v1 = fetch_tile(v1_tiles, source, n, length_k, BLOCK_N, D0, D1, EXACT or not MASKED)
+            else:
+                v1 = load_tile(v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
             acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
     return acc0, acc1, total, peak
@@ -109,6 +96,10 @@ def attention_forward_kernel(
     v,
     out,
     lse,
+    k0_tiles,
+    k1_tiles,
+    v0_tiles,
+    v1_tiles,
     lengths,
     scores,
     dense,
@@ -150,34 +141,37 @@ def attention_forward_kernel(
     far_left, far_right = far_values(scores, head)
     b0, b1, b2, b3, b4, b5 = key_ranges(first_position, real_k, scores, BLOCK_M, BLOCK_N, CAUSAL)
     bounds, place = (length_q, real_k), (batch, head, sequence_head)
+    descriptors = (k0_tiles, k1_tiles, v0_tiles, v1_tiles)
+    EXACT: tl.constexpr = lengths.cu_seqlens_k is None and lengths.key_lengths is None
+    source = (batch if lengths.cu_seqlens_k is None else 0, start_k, head // groups)
     if scores.window is not None:
         acc0, acc1, total, peak = _walk(
-            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, first_row, first_position, b0, b1, bounds,
-            place, scores, dense, dropout, 0.0, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, PRECISION,
+            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, descriptors, source, first_row, first_position, b0, b1, bounds,
+            place, scores, dense, dropout, 0.0, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, EXACT, PRECISION,
             NEAR_STAGES,
         )  # fmt: skip
     if scores.table is None or scores.window is None:
         acc0, acc1, total, peak = _walk(
-            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, first_row, first_position, b1, b2, bounds,
-            place, scores, dense, dropout, far_left, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False,
+            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, descriptors, source, first_row, first_position, b1, b2, bounds,
+            place, scores, dense, dropout, far_left, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, EXACT,
             PRECISION, STAGES,
         )  # fmt: skip
     if scores.table is not None and scores.window is None and not CAUSAL:
         acc0, acc1, total, peak = _walk(
-            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, first_row, first_position, b2, b3, bounds,
-            place, scores, dense, dropout, 0.0, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, PRECISION,
+            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, descriptors, source, first_row, first_position, b2, b3, bounds,
+            place, scores, dense, dropout, 0.0, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, EXACT, PRECISION,
             NEAR_STAGES,
         )  # fmt: skip
         acc0, acc1, total, peak = _walk(
-            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, first_row, first_position, b3, b4, bounds,
-            place, scores, dense, dropout, far_right, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False,
+            acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, descriptors, source, first_row, first_position, b3, b4, bounds,
+            place, scores, dense, dropout, far_right, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, EXACT,
             PRECISION, STAGES,
         )  # fmt: skip
     else:
         b4 = b2
     acc0, acc1, total, peak = _walk(
-        acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, first_row, first_position, b4, b5, bounds,
-        place, scores, dense, dropout, 0.0, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, PRECISION,
+        acc0, acc1, total, peak, q0, q1, k_rows, v_rows, k.seq, v.seq, descriptors, source, first_row, first_position, b4, b5, bounds,
+        place, scores, dense, dropout, 0.0, D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, EXACT, PRECISION,
         NEAR_STAGES,
     )  # fmt: skip
     empty = total == 0.0

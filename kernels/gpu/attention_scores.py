@@ -129,6 +129,21 @@ def load_tile(
 
 
 @triton.jit
+def fetch_tile(
+    descriptor, place, first, count, BLOCK: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr
+):
+    """The same through a descriptor of (batch, seqlen, heads, head_dim), whose own ends give zeros.
+
+    Unless EXACT, rows from ``count`` on are another sequence's: they are cleared, for a NaN there must stay there.
+    """
+    batch, start, head = place
+    tile = descriptor.load([batch, start + first, head, BEGIN]).reshape(BLOCK, WIDTH)
+    if not EXACT:
+        tile = tl.where(tl.arange(0, BLOCK)[:, None] < count - first, tile, 0.0)
+    return tile
+
+
+@triton.jit
 def store_tile(
     x,
     stride,
