@@ -12,18 +12,21 @@ import triton.language as tl
 
 from kernels.gpu.attention_scores import (
     LOG2E,
+    bias_pointers,
     far_values,
     kept,
+    key_limits,
     key_ranges,
     load_bias,
     load_tile,
     locate,
     queries_of,
+    query_limits,
     query_ranges,
     rows_of,
     shaped,
     store_tile,
-    visible,
+    within,
 )
 
 
@@ -75,21 +78,26 @@ def _walk_queries(
     """Adds what the queries [begin, end) give dk and dv; scores lie transposed, (keys, queries)."""
     length_q, length_k = bounds
     batch, head, sequence_head = place
-    key = first_key + tl.arange(0, BLOCK_N)[:, None]
+    key = first_key + tl.arange(0, BLOCK_N)
+    first, last = query_limits(key, offset, length_k, scores.window, CAUSAL)
+    WINDOWED: tl.constexpr = scores.window is not None
     for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         rows = m + tl.arange(0, BLOCK_M)
-        row, position = rows[None, :], rows[None, :] + offset
         q0 = load_tile(q, q_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED)
         qk = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
             q1 = load_tile(q, q_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, MASKED)
             qk = tl.dot(k1, tl.trans(q1), qk, input_precision=PRECISION)
         sums, deltas = load_statistics(lse, delta, rows, length_q)
-        bias = load_bias(dense, batch, head, row, key, length_q, length_k) if dense.data is not None else 0.0
-        s, capped = shaped(qk, position, key, bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3")
+        bias = 0.0
+        if dense.data is not None:
+            bias = load_bias(dense, batch, head, rows[None, :], key[:, None], length_q, length_k)
+        s, capped = shaped(
+            qk, (key - offset)[:, None] - rows[None, :], bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3"
+        )
         p = tl.exp2(s - sums[None, :])
         if MASKED:
-            p = tl.where(visible(position, key, length_k, scores.window, CAUSAL), p, 0.0)
+            p = tl.where(within(rows[None, :], first, last, True, WINDOWED), p, 0.0)
         do0 = load_tile(do, do_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED)
         dp = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
         if D1 > 0:
@@ -97,7 +105,7 @@ def _walk_queries(
             dp = tl.dot(v1, tl.trans(do1), dp, input_precision=PRECISION)
         dropped = p
         if dropout.seed is not None:
-            keep = kept(dropout, sequence_head, row, key)
+            keep = kept(dropout, sequence_head, rows[None, :], key[:, None])
             dropped = tl.where(keep, p * dropout.keep, 0.0)
             dp = tl.where(keep, dp * dropout.keep, 0.0)
         dropped = dropped.to(do0.dtype)
@@ -201,24 +209,29 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def score_gradients(
-    q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, key, bounds, place, scores, dense, dropout, far,
-    D1: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
+    q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, n, bounds, place, scores, dense, dropout, far,
+    D1: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of biased scores, (queries, keys), and the soft-cap's tanh."""
+    """The gradient of a tile of biased scores, (queries, keys n to n + BLOCK_N - 1), and the soft-cap's tanh."""
     length_q, length_k = bounds
+    key = n + tl.arange(0, BLOCK_N)[None, :]
     batch, head, sequence_head = place
     qk = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     dp = tl.dot(do0, tl.trans(v0), input_precision=PRECISION)
     if D1 > 0:
         qk = tl.dot(q1, tl.trans(k1), qk, input_precision=PRECISION)
         dp = tl.dot(do1, tl.trans(v1), dp, input_precision=PRECISION)
-    bias = load_bias(dense, batch, head, row, key, length_q, length_k) if dense.data is not None else 0.0
-    s, capped = shaped(qk, position, key, bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3")
+    bias = 0.0
+    if dense.data is not None:
+        bias = load_bias(dense, batch, head, row[:, None], key, length_q, length_k)
+    s, capped = shaped(qk, key - position[:, None], bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3")
     p = tl.exp2(s - sums[:, None])
     if MASKED:
-        p = tl.where(visible(position, key, length_k, scores.window, CAUSAL), p, 0.0)
+        first, last = key_limits(position, length_k, scores.window, CAUSAL)
+        p = tl.where(within(key, first, last, scores.window is not None, True), p, 0.0)
     if dropout.seed is not None:
-        dp = tl.where(kept(dropout, sequence_head, row, key), dp * dropout.keep, 0.0)
+        dp = tl.where(kept(dropout, sequence_head, row[:, None], key), dp * dropout.keep, 0.0)
     return p * (dp - deltas[:, None]), capped
 
 
@@ -233,35 +246,29 @@ def _walk_keys(
     """Adds what the keys [begin, end) give dq, and if ADD_UP the sum of their scores' gradients to ``far_sum``."""
     length_q, length_k = bounds
     batch, head, _ = place
-    row = first_row + tl.arange(0, BLOCK_M)[:, None]
-    position = first_position + tl.arange(0, BLOCK_M)[:, None]
+    row, position = first_row + tl.arange(0, BLOCK_M), first_position + tl.arange(0, BLOCK_M)
     k1, v1 = 0.0, 0.0
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        key = n + tl.arange(0, BLOCK_N)[None, :]
         k0 = load_tile(k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
         v0 = load_tile(v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
         if D1 > 0:
             k1_tile = load_tile(k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
             v1_tile = load_tile(v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
             ds, capped = score_gradients(
-                q0, q1, do0, do1, k0, k1_tile, v0, v1_tile, sums, deltas, row, position, key, bounds, place, scores,
-                dense, dropout, far, D1, CAUSAL, MASKED, NEAR, PRECISION,
+                q0, q1, do0, do1, k0, k1_tile, v0, v1_tile, sums, deltas, row, position, n, bounds, place, scores,
+                dense, dropout, far, D1, BLOCK_N, CAUSAL, MASKED, NEAR, PRECISION,
             )  # fmt: skip
         else:
             ds, capped = score_gradients(
-                q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, key, bounds, place, scores, dense,
-                dropout, far, D1, CAUSAL, MASKED, NEAR, PRECISION,
+                q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, n, bounds, place, scores, dense,
+                dropout, far, D1, BLOCK_N, CAUSAL, MASKED, NEAR, PRECISION,
             )  # fmt: skip
         if ADD_UP:
             far_sum += tl.sum(ds, 1)
         if grad_dense.data is not None:
-            base = (
-                grad_dense.data
-                + batch * tl.cast(grad_dense.batch, tl.int64)
-                + head * tl.cast(grad_dense.head, tl.int64)
-            )
-            pointers = base + row * tl.cast(grad_dense.row, tl.int64) + key
-            tl.store(pointers, ds.to(grad_dense.data.dtype.element_ty), mask=(row < length_q) & (key < length_k))
+            key = n + tl.arange(0, BLOCK_N)[None, :]
+            pointers = bias_pointers(grad_dense, batch, head, row[:, None], key)
+            tl.store(pointers, ds, mask=(row < length_q)[:, None] & (key < length_k))
         if scores.softcap is not None:
             ds *= 1.0 - capped * capped
         ds = ds.to(k0.dtype)

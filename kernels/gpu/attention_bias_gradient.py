@@ -59,7 +59,7 @@ def attention_bias_gradient_kernel(
     else:
         q1, do1 = 0.0, 0.0
     rows = first_row + tl.arange(0, BLOCK)
-    row, position = rows[:, None], first + tl.arange(0, BLOCK)[:, None]
+    position = first + tl.arange(0, BLOCK)
     lse_rows = queries_of(lse, batch, start_q, head)
     sums, deltas = load_statistics(lse_rows, queries_of(delta, batch, start_q, head), rows, length_q)
     bounds, place = (length_q, real_k), (batch, head, sequence_head)
@@ -79,7 +79,6 @@ def attention_bias_gradient_kernel(
     unfinished = tl.zeros((BLOCK,), tl.float32)
     near, left, right = 0.0, 0.0, 0.0
     for n in tl.range(begin, end, BLOCK, num_stages=STAGES):
-        key = n + column
         k0 = load_tile(k_rows, k.seq, n, real_k, BLOCK, 0, D0, HEAD_DIM, True)
         v0 = load_tile(v_rows, v.seq, n, real_k, BLOCK, 0, D0, HEAD_DIM, True)
         if D1 > 0:
@@ -88,8 +87,8 @@ def attention_bias_gradient_kernel(
         else:
             k1, v1 = 0.0, 0.0
         ds, _ = score_gradients(
-            q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, key, bounds, place, scores, dense, dropout,
-            0.0, D1, CAUSAL, True, True, PRECISION,
+            q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, rows, position, n, bounds, place, scores, dense, dropout,
+             0.0, D1, BLOCK, CAUSAL, True, True, PRECISION,
         )  # fmt: skip
         sheared = tl.gather(ds, source, 1)
         complete = unfinished + tl.sum(tl.where(wrapped, sheared, 0.0), 0)

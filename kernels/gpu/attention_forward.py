@@ -11,6 +11,7 @@ from kernels.gpu.attention_scores import (
     far_values,
     fetch_tile,
     kept,
+    key_limits,
     key_ranges,
     load_bias,
     load_tile,
@@ -19,7 +20,7 @@ from kernels.gpu.attention_scores import (
     rows_of,
     shaped,
     store_tile,
-    visible,
+    within,
 )
 
 
@@ -35,8 +36,10 @@ def _walk(
     length_q, length_k = bounds
     k0_tiles, k1_tiles, v0_tiles, v1_tiles = descriptors
     batch, head, sequence_head = place
-    row = first_row + tl.arange(0, BLOCK_M)[:, None]
-    position = first_position + tl.arange(0, BLOCK_M)[:, None]
+    row = first_row + tl.arange(0, BLOCK_M)
+    position = first_position + tl.arange(0, BLOCK_M)
+    first, last = key_limits(position, length_k, scores.window, CAUSAL)
+    WINDOWED: tl.constexpr = scores.window is not None
     # Where a score is a multiple of its product plus a constant, both fold into the exponent's multiply-add.
     FOLDED: tl.constexpr = (
         scores.softcap is None and scores.slopes is None and dense.data is None and (scores.table is None or not NEAR)
@@ -56,23 +59,25 @@ def _walk(
             qk = tl.dot(q1, tl.trans(k1), qk, input_precision=PRECISION)
         if FOLDED:
             if MASKED:
-                qk = tl.where(visible(position, key, length_k, scores.window, CAUSAL), qk, float("-inf"))
+                qk = tl.where(within(key, first, last, WINDOWED, True), qk, float("-inf"))
             scale = scores.scale * LOG2E
             new_peak = tl.maximum(peak, tl.max(qk, 1) * scale + far)
             pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
             p = tl.exp2(qk * scale - (pivot - far)[:, None])
         else:
-            bias = load_bias(dense, batch, head, row, key, length_q, length_k) if dense.data is not None else 0.0
-            s, _ = shaped(qk, position, key, bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3")
+            bias = 0.0
+            if dense.data is not None:
+                bias = load_bias(dense, batch, head, row[:, None], key, length_q, length_k)
+            s, _ = shaped(qk, key - position[:, None], bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3")
             if MASKED:
-                s = tl.where(visible(position, key, length_k, scores.window, CAUSAL), s, float("-inf"))
+                s = tl.where(within(key, first, last, WINDOWED, True), s, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(s, 1))
             pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
             p = tl.exp2(s - pivot[:, None])
         shrink = tl.exp2(peak - pivot)
         total = total * shrink + tl.sum(p, 1)
         if dropout.seed is not None:
-            p = tl.where(kept(dropout, sequence_head, row, key), p, 0.0)
+            p = tl.where(kept(dropout, sequence_head, row[:, None], key), p, 0.0)
         if v0_tiles is not None:
             v0 = fetch_tile(v0_tiles, source, n, length_k, BLOCK_N, 0, D0, EXACT or not MASKED)
         else:

@@ -245,12 +245,38 @@ def query_ranges(
 
 
 @triton.jit
-def visible(position, key, length_k, window, CAUSAL: tl.constexpr):
-    seen = key < length_k
+def key_limits(position, length_k, window, CAUSAL: tl.constexpr):
+    """The first and the last key that each query sees."""
+    first, last = position * 0, length_k - 1 + position * 0
     if CAUSAL:
-        seen = seen & (key <= position)
+        last = tl.minimum(last, position)
     if window is not None:
-        seen = seen & (key - position < window) & (position - key < window)
+        first = position - window + 1
+        if not CAUSAL:
+            last = tl.minimum(last, position + window - 1)
+    return first, last
+
+
+@triton.jit
+def query_limits(key, offset, length_k, window, CAUSAL: tl.constexpr):
+    """The first and the last query that sees each key; none of a key past the end."""
+    beyond: tl.constexpr = 0x3FFFFFFF
+    first, last = tl.where(key < length_k, -beyond, beyond), key * 0 + beyond
+    if CAUSAL:
+        first = tl.maximum(first, key - offset)
+    if window is not None:
+        last = key - offset + window - 1
+        if not CAUSAL:
+            first = tl.maximum(first, key - offset - window + 1)
+    return first, last
+
+
+@triton.jit
+def within(column, first, last, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """Which columns lie from each row's ``first`` to its ``last``, as far as asked: most masks have one side."""
+    seen = column >= first[:, None] if LOWER else column <= last[:, None]
+    if LOWER and UPPER:
+        seen = seen & (column <= last[:, None])
     return seen
 
 
@@ -266,11 +292,11 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def shaped(qk, position, key, bias_row, head, scores, dense, far, NEAR: tl.constexpr, PRECISE: tl.constexpr):
+def shaped(qk, distance, bias, head, scores, dense, far, NEAR: tl.constexpr, PRECISE: tl.constexpr):
     """Base-2 scores of the products ``qk``, before the mask, and the soft-cap's tanh (or anything, without one).
 
-    ``position`` and ``key`` broadcast to qk's shape, whichever way round it lies. ``bias_row`` points at the dense bias
-    of these queries. Outside the near band the table's value is ``far``, in base 2.
+    ``distance`` and the dense ``bias`` have qk's shape, whichever way round it lies. Outside the near band the table's
+    value is ``far``, in base 2.
     """
     if scores.softcap is not None:
         capped = tanh(qk * (scores.scale / scores.softcap), PRECISE)
@@ -281,14 +307,14 @@ def shaped(qk, position, key, bias_row, head, scores, dense, far, NEAR: tl.const
     if scores.table is not None:
         if NEAR:
             reach = tl.cast(scores.reach, tl.int32)
-            place = tl.minimum(tl.maximum(key - position, -reach), reach) + reach
+            place = tl.minimum(tl.maximum(distance, -reach), reach) + reach
             s += tl.load(scores.table + head * (2 * reach + 1) + place) * LOG2E
         else:
             s += far
     if scores.slopes is not None:
-        s -= tl.load(scores.slopes + head) * LOG2E * tl.abs(key - position).to(tl.float32)
+        s -= tl.load(scores.slopes + head) * LOG2E * tl.abs(distance).to(tl.float32)
     if dense.data is not None:
-        s += bias_row.to(tl.float32) * LOG2E
+        s += bias.to(tl.float32) * LOG2E
     return s, capped
 
 
@@ -302,11 +328,16 @@ def far_values(scores, head):
 
 
 @triton.jit
+def bias_pointers(dense, batch, head, row, key):
+    base = dense.data + batch * tl.cast(dense.batch, tl.int64) + head * tl.cast(dense.head, tl.int64)
+    return base + row * tl.cast(dense.row, tl.int64) + key * tl.cast(dense.key, tl.int64)
+
+
+@triton.jit
 def load_bias(dense, batch, head, row, key, length_q, length_k):
     """The dense bias of queries ``row`` and keys ``key``, which broadcast together; zeros outside."""
-    base = dense.data + batch * tl.cast(dense.batch, tl.int64) + head * tl.cast(dense.head, tl.int64)
-    pointers = base + row * tl.cast(dense.row, tl.int64) + key * tl.cast(dense.key, tl.int64)
-    return tl.load(pointers, mask=(row < length_q) & (key < length_k), other=0.0)
+    mask = (row < length_q) & (key < length_k)
+    return tl.load(bias_pointers(dense, batch, head, row, key), mask=mask, other=0.0)
 
 
 @triton.jit
