@@ -20,6 +20,7 @@ from kernels.gpu.attention_scores import (
     load_bias,
     load_tile,
     locate,
+    next_tile,
     queries_of,
     query_limits,
     query_ranges,
@@ -70,23 +71,25 @@ def load_statistics(lse, delta, row, length_q):
 
 @triton.jit
 def _walk_queries(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, dq, lse, delta, q_stride, do_stride, dq_stride, first_key, offset, begin,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, dq, lse, delta, q_stride, do_stride, dq_stride, descriptors, source, first_key, offset, begin,
     end, bounds, place, scores, dense, dropout, far,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds what the queries [begin, end) give dk and dv; scores lie transposed, (keys, queries)."""
     length_q, length_k = bounds
     batch, head, sequence_head = place
+    q0_tiles, q1_tiles, do0_tiles, do1_tiles = descriptors
     key = first_key + tl.arange(0, BLOCK_N)
     first, last = query_limits(key, offset, length_k, scores.window, CAUSAL)
     WINDOWED: tl.constexpr = scores.window is not None
     for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         rows = m + tl.arange(0, BLOCK_M)
-        q0 = load_tile(q, q_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED)
+        q0 = next_tile(q0_tiles, source, q, q_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED, EXACT)
         qk = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
-            q1 = load_tile(q, q_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, MASKED)
+            q1 = next_tile(q1_tiles, source, q, q_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, MASKED, EXACT)
             qk = tl.dot(k1, tl.trans(q1), qk, input_precision=PRECISION)
         sums, deltas = load_statistics(lse, delta, rows, length_q)
         bias = 0.0
@@ -98,10 +101,10 @@ def _walk_queries(
         p = tl.exp2(s - sums[None, :])
         if MASKED:
             p = tl.where(within(rows[None, :], first, last, True, WINDOWED), p, 0.0)
-        do0 = load_tile(do, do_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED)
+        do0 = next_tile(do0_tiles, source, do, do_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED, EXACT)
         dp = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
         if D1 > 0:
-            do1 = load_tile(do, do_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, MASKED)
+            do1 = next_tile(do1_tiles, source, do, do_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, MASKED, EXACT)
             dp = tl.dot(v1, tl.trans(do1), dp, input_precision=PRECISION)
         dropped = p
         if dropout.seed is not None:
@@ -134,7 +137,7 @@ def _walk_queries(
 
 @triton.jit
 def attention_backward_keys_kernel(
-    q, k, v, grad_out, lse, delta, dq, dk, dv, lengths, scores, dense, dropout, heads, groups, blocks,
+    q, k, v, grad_out, lse, delta, dq, dk, dv, q0_tiles, q1_tiles, do0_tiles, do1_tiles, lengths, scores, dense, dropout, heads, groups, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -162,10 +165,12 @@ def attention_backward_keys_kernel(
     if first_key >= real_k:
         b5 = b0
         b1, b2, b3, b4 = b0, b0, b0, b0
-    bounds = (length_q, real_k)
+    bounds, descriptors = (length_q, real_k), (q0_tiles, q1_tiles, do0_tiles, do1_tiles)
+    EXACT: tl.constexpr = lengths.cu_seqlens_q is None
     for member in tl.range(0, groups):
         head = kv_head * groups + member
         place = (batch, head, batch * heads + head)
+        source = (batch if lengths.cu_seqlens_q is None else 0, start_q, head)
         far_left, far_right = far_values(scores, head)
         q_rows, do_rows = rows_of(q, batch, start_q, head), rows_of(grad_out, batch, start_q, head)
         dq_rows = rows_of(dq, batch, start_q, head) if dq.data is not None else None
@@ -173,31 +178,31 @@ def attention_backward_keys_kernel(
         if CAUSAL or scores.window is not None:
             dk0, dk1, dv0, dv1 = _walk_queries(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-                first_key, offset, b0, b1, bounds, place, scores, dense, dropout, 0.0,
-                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, PRECISION, NEAR_STAGES,
+                descriptors, source, first_key, offset, b0, b1, bounds, place, scores, dense, dropout, 0.0,
+                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, EXACT, PRECISION, NEAR_STAGES,
             )  # fmt: skip
         if scores.table is not None and scores.window is None:
             if not CAUSAL:
                 dk0, dk1, dv0, dv1 = _walk_queries(
                     dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq,
-                    dq.seq, first_key, offset, b1, b2, bounds, place, scores, dense, dropout, far_right,
-                    D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, PRECISION, STAGES,
+                    dq.seq, descriptors, source, first_key, offset, b1, b2, bounds, place, scores, dense, dropout, far_right,
+                    D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, EXACT, PRECISION, STAGES,
                 )  # fmt: skip
             dk0, dk1, dv0, dv1 = _walk_queries(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-                first_key, offset, b2, b3, bounds, place, scores, dense, dropout, 0.0,
-                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, PRECISION, NEAR_STAGES,
+                descriptors, source, first_key, offset, b2, b3, bounds, place, scores, dense, dropout, 0.0,
+                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, EXACT, PRECISION, NEAR_STAGES,
             )  # fmt: skip
         if scores.table is None or scores.window is None:
             dk0, dk1, dv0, dv1 = _walk_queries(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-                first_key, offset, b3, b4, bounds, place, scores, dense, dropout, far_left,
-                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, PRECISION, STAGES,
+                descriptors, source, first_key, offset, b3, b4, bounds, place, scores, dense, dropout, far_left,
+                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, EXACT, PRECISION, STAGES,
             )  # fmt: skip
         dk0, dk1, dv0, dv1 = _walk_queries(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-            first_key, offset, b4, b5, bounds, place, scores, dense, dropout, 0.0,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, PRECISION, NEAR_STAGES,
+            descriptors, source, first_key, offset, b4, b5, bounds, place, scores, dense, dropout, 0.0,
+            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, EXACT, PRECISION, NEAR_STAGES,
         )  # fmt: skip
     dk_rows, dv_rows = rows_of(dk, batch, start_k, kv_head), rows_of(dv, batch, start_k, kv_head)
     store_tile(dk_rows, dk.seq, first_key, length_k, dk0 * scores.scale, BLOCK_N, 0, D0, HEAD_DIM)
@@ -237,23 +242,24 @@ def score_gradients(
 
 @triton.jit
 def _walk_keys(
-    dq0, dq1, far_sum, q0, q1, do0, do1, k, v, k_stride, v_stride, sums, deltas, first_row, first_position, begin, end,
+    dq0, dq1, far_sum, q0, q1, do0, do1, k, v, k_stride, v_stride, descriptors, source, sums, deltas, first_row, first_position, begin, end,
     bounds, place, scores, dense, grad_dense, dropout, far,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, ADD_UP: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, ADD_UP: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys [begin, end) give dq, and if ADD_UP the sum of their scores' gradients to ``far_sum``."""
     length_q, length_k = bounds
     batch, head, _ = place
+    k0_tiles, k1_tiles, v0_tiles, v1_tiles = descriptors
     row, position = first_row + tl.arange(0, BLOCK_M), first_position + tl.arange(0, BLOCK_M)
     k1, v1 = 0.0, 0.0
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        k0 = load_tile(k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
-        v0 = load_tile(v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+        k0 = next_tile(k0_tiles, source, k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED, EXACT)
+        v0 = next_tile(v0_tiles, source, v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED, EXACT)
         if D1 > 0:
-            k1_tile = load_tile(k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
-            v1_tile = load_tile(v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
+            k1_tile = next_tile(k1_tiles, source, k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED, EXACT)
+            v1_tile = next_tile(v1_tiles, source, v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED, EXACT)
             ds, capped = score_gradients(
                 q0, q1, do0, do1, k0, k1_tile, v0, v1_tile, sums, deltas, row, position, n, bounds, place, scores,
                 dense, dropout, far, D1, BLOCK_N, CAUSAL, MASKED, NEAR, PRECISION,
@@ -280,7 +286,7 @@ def _walk_keys(
 
 @triton.jit
 def attention_backward_queries_kernel(
-    q, k, v, grad_out, lse, delta, dq, far_sums, lengths, scores, dense, grad_dense, dropout, heads, groups, blocks,
+    q, k, v, grad_out, lse, delta, dq, far_sums, k0_tiles, k1_tiles, v0_tiles, v1_tiles, lengths, scores, dense, grad_dense, dropout, heads, groups, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -314,35 +320,38 @@ def attention_backward_queries_kernel(
     far_left, far_right = far_values(scores, head)
     b0, b1, b2, b3, b4, b5 = key_ranges(first_position, real_k, scores, BLOCK_M, BLOCK_N, CAUSAL)
     bounds, place = (length_q, real_k), (batch, head, sequence_head)
+    descriptors = (k0_tiles, k1_tiles, v0_tiles, v1_tiles)
+    EXACT: tl.constexpr = lengths.cu_seqlens_k is None and lengths.key_lengths is None
+    source = (batch if lengths.cu_seqlens_k is None else 0, start_k, head // groups)
     if scores.window is not None:
         dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
+            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, descriptors, source, sums, deltas, first_row, first_position,
             b0, b1, bounds, place, scores, dense, grad_dense, dropout, 0.0,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, False, PRECISION, NEAR_STAGES,
+            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, False, EXACT, PRECISION, NEAR_STAGES,
         )  # fmt: skip
     if scores.table is None or scores.window is None:
         dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
+            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, descriptors, source, sums, deltas, first_row, first_position,
             b1, b2, bounds, place, scores, dense, grad_dense, dropout, far_left,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, far_sums.data is not None, PRECISION, STAGES,
+            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, far_sums.data is not None, EXACT, PRECISION, STAGES,
         )  # fmt: skip
     if scores.table is not None and scores.window is None and not CAUSAL:
         dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
+            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, descriptors, source, sums, deltas, first_row, first_position,
             b2, b3, bounds, place, scores, dense, grad_dense, dropout, 0.0,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, False, PRECISION, NEAR_STAGES,
+            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, False, EXACT, PRECISION, NEAR_STAGES,
         )  # fmt: skip
         dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
+            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, descriptors, source, sums, deltas, first_row, first_position,
             b3, b4, bounds, place, scores, dense, grad_dense, dropout, far_right,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, False, PRECISION, STAGES,
+            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, False, EXACT, PRECISION, STAGES,
         )  # fmt: skip
     else:
         b4 = b2
     dq0, dq1, far_sum = _walk_keys(
-        dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
+        dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, descriptors, source, sums, deltas, first_row, first_position,
         b4, b5, bounds, place, scores, dense, grad_dense, dropout, 0.0,
-        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, False, PRECISION, NEAR_STAGES,
+        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, False, EXACT, PRECISION, NEAR_STAGES,
     )  # fmt: skip
     dq_rows = rows_of(dq, batch, start_q, head)
     store_tile(dq_rows, dq.seq, first_row, length_q, dq0 * scores.scale, BLOCK_M, 0, D0, HEAD_DIM)

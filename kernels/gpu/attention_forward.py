@@ -9,13 +9,13 @@ from kernels.gpu.attention_scores import (
     LN2,
     LOG2E,
     far_values,
-    fetch_tile,
     kept,
     key_limits,
     key_ranges,
     load_bias,
     load_tile,
     locate,
+    next_tile,
     queries_of,
     rows_of,
     shaped,
@@ -46,16 +46,10 @@ def _walk(
     )
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         key = n + tl.arange(0, BLOCK_N)[None, :]
-        if k0_tiles is not None:
-            k0 = fetch_tile(k0_tiles, source, n, length_k, BLOCK_N, 0, D0, True)
-        else:
-            k0 = load_tile(k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+        k0 = next_tile(k0_tiles, source, k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED, True)
         qk = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
-            if k1_tiles is not None:
-                k1 = fetch_tile(k1_tiles, source, n, length_k, BLOCK_N, D0, D1, True)
-            else:
-                k1 = load_tile(k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
+            k1 = next_tile(k1_tiles, source, k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED, True)
             qk = tl.dot(q1, tl.trans(k1), qk, input_precision=PRECISION)
         if FOLDED:
             if MASKED:
@@ -78,17 +72,11 @@ def _walk(
         total = total * shrink + tl.sum(p, 1)
         if dropout.seed is not None:
             p = tl.where(kept(dropout, sequence_head, row[:, None], key), p, 0.0)
-        if v0_tiles is not None:
-            v0 = fetch_tile(v0_tiles, source, n, length_k, BLOCK_N, 0, D0, EXACT or not MASKED)
-        else:
-            v0 = load_tile(v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+        v0 = next_tile(v0_tiles, source, v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED, EXACT)
         p = p.to(v0.dtype)
         acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision=PRECISION)
         if D1 > 0:
-            if v1_tiles is not None:
-                v1 = fetch_tile(v1_tiles, source, n, length_k, BLOCK_N, D0, D1, EXACT or not MASKED)
-            else:
-                v1 = load_tile(v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
+            v1 = next_tile(v1_tiles, source, v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED, EXACT)
             acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
     return acc0, acc1, total, peak

@@ -129,17 +129,22 @@ def load_tile(
 
 
 @triton.jit
-def fetch_tile(
-    descriptor, place, first, count, BLOCK: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr
-):
-    """The same through a descriptor of (batch, seqlen, heads, head_dim), whose own ends give zeros.
+def next_tile(
+    descriptor, source, x, stride, first, count, BLOCK: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """``load_tile``, by the copy engine where there is a descriptor of (batch, seqlen, heads, head_dim).
 
-    Unless EXACT, rows from ``count`` on are another sequence's: they are cleared, for a NaN there must stay there.
+    Its own ends give zeros. Unless EXACT, rows from ``count`` on are another sequence's: they are cleared, for a NaN
+    there must stay there.
     """
-    batch, start, head = place
-    tile = descriptor.load([batch, start + first, head, BEGIN]).reshape(BLOCK, WIDTH)
-    if not EXACT:
-        tile = tl.where(tl.arange(0, BLOCK)[:, None] < count - first, tile, 0.0)
+    if descriptor is not None:
+        batch, start, head = source
+        tile = descriptor.load([batch, start + first, head, BEGIN]).reshape(BLOCK, WIDTH)
+        if MASKED and not EXACT:
+            tile = tl.where(tl.arange(0, BLOCK)[:, None] < count - first, tile, 0.0)
+    else:
+        tile = load_tile(x, stride, first, count, BLOCK, BEGIN, WIDTH, HEAD_DIM, MASKED)
     return tile
 
 
