@@ -64,9 +64,7 @@ def check_options(labels: Tensor, expected: torch.Size, label_smoothing: float, 
 
 def _torch(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, ignore_index: int) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(
-        logits, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-    )
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
     if z_loss:
         squares = logits.logsumexp(-1).square()
         loss = loss + z_loss * squares.masked_fill(labels == ignore_index, 0.0).sum()

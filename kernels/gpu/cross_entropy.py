@@ -113,18 +113,15 @@ def _forward(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    if label == ignore_index:
-        tl.store(losses_ptr + row, 0.0)
-        tl.store(lse_ptr + 2 * row, 0.0)
-        tl.store(lse_ptr + 2 * row + 1, 0.0)
-    else:
-        row_ptr, skipped = row_pointer(logits_ptr, row, stride, CHUNK)
-        loss, peak, log_sum = row_loss(
-            row_ptr, skipped, label, vocab, label_smoothing, z_loss, 0.0, SMOOTH, Z, False, EDGES, CHUNK, CHUNKS
-        )
-        tl.store(losses_ptr + row, loss)
-        tl.store(lse_ptr + 2 * row, peak)
-        tl.store(lse_ptr + 2 * row + 1, log_sum)
+    kept = label != ignore_index
+    length = tl.where(kept, vocab, 0)  # an ignored row is not read
+    row_ptr, skipped = row_pointer(logits_ptr, row, stride, CHUNK)
+    loss, peak, log_sum = row_loss(
+        row_ptr, skipped, label, length, label_smoothing, z_loss, 0.0, SMOOTH, Z, False, EDGES, CHUNK, CHUNKS
+    )
+    tl.store(losses_ptr + row, tl.where(kept, loss, 0.0))
+    tl.store(lse_ptr + 2 * row, tl.where(kept, peak, 0.0))
+    tl.store(lse_ptr + 2 * row + 1, tl.where(kept, log_sum, 0.0))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
