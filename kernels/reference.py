@@ -128,6 +128,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, ignore_index: int) -> Tensor:
+    """The summed loss of logits (rows, vocab): see ``kernels.cross_entropy.cross_entropy``."""
+    ignored = labels == ignore_index
+    labels = labels.masked_fill(ignored, 0)
+    # Zeros for what is ignored: no gradient passes, not even of what is no number.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(ignored[:, None], 0.0)
+    surprise = -logits.log_softmax(-1)
+    loss = (1 - label_smoothing) * surprise.gather(-1, labels[:, None])[:, 0]
+    if label_smoothing:
+        loss = loss + label_smoothing * surprise.mean(-1)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square()
+    return loss.masked_fill(ignored, 0.0).sum()
+
+
 def sampling_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """What `kernels.sampling.sample` draws from: float64 (rows, vocab), 0 for tokens filtered out."""
     return torch.stack([_row_probabilities(row.double(), batch, i) for i, row in enumerate(logits)])
