@@ -117,7 +117,7 @@ def doubling(**contenders: object) -> Problem:
 
 def rows_of(problem: Problem, mode: str = "forward") -> Report:
     label = Shape(1, 1, 1, 1, 1)
-    return measure.measure("doubling", [label], lambda *_: problem, options(modes=[mode]), ("forward",), "B")
+    return measure.measure("doubling", [label], lambda *_: problem, options(modes=[mode]), rate="B")
 
 
 def refuse(x: Tensor) -> Tensor:

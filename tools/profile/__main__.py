@@ -11,14 +11,17 @@ from typing import NoReturn
 
 import torch
 
-from tools.profile import compare, plot
+from tools.profile import budget_check, compare, plot
 from tools.profile.ceilings import DTYPES
 from tools.profile.options import MODES, Options, known, listed, numbers
 
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report, which prints its
 # rows as they are measured. OPTIONS are those of SOME that it takes, and "shape"
-# where run() also reads shapes that have no name.
-OPERATIONS = {name: f"tools.profile.{name}" for name in ("attention", "load", "sampling", "train")}
+# where run() reads the shapes' names itself, and has others than SHAPES; MODES, if there, are fewer than all.
+OPERATIONS = {
+    name: f"tools.profile.{name}"
+    for name in ("attention", "cross_entropy", "linear_cross_entropy", "load", "sampling", "train")
+}
 SOME = ("batch", "mode", "dtype", "plot", "peer_python")  # options that not every operation takes
 SHOWS = {"compare": compare.main, "plot": plot.main}
 
@@ -27,6 +30,10 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in SHOWS:
         return SHOWS[arguments[0]](arguments[1:])
     parsed = parse(arguments)
+    if parsed.budget or parsed.update:
+        return budget(parsed)
+    if parsed.operation is None:
+        raise ValueError(f"say what to measure: one of {', '.join(OPERATIONS)}")
     operation = load(parsed.operation)
     options = read(parsed, operation)
     if parsed.threads:
@@ -35,6 +42,18 @@ def main(arguments: list[str]) -> int:
     report.finish()
     if parsed.plot:
         plot.draw(report.operation, report.rows, report.ceilings, parsed.plot)
+    return 1 if report.failures else 0
+
+
+def budget(parsed: argparse.Namespace) -> int:
+    if not parsed.budget:
+        raise ValueError("--update belongs to --budget")
+    given = [name for name in (*SOME, "against", "shape", "threads") if getattr(parsed, name)]
+    if given:
+        raise ValueError(f"--budget takes no --{given[0].replace('_', '-')}")
+    writable("--json", parsed.json)
+    report = budget_check.run(parsed.operation, parsed.update, parsed.json)
+    report.finish()
     return 1 if report.failures else 0
 
 
@@ -61,7 +80,7 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
         against=None if parsed.against is None else peers(parsed.against, operation),
         shapes=shapes if "shape" in operation.OPTIONS else known("shape", shapes, operation.SHAPES),
         batches=numbers("--batch", parsed.batch),
-        modes=known("mode", listed(parsed.mode), MODES),
+        modes=known("mode", listed(parsed.mode), getattr(operation, "MODES", MODES)),
         dtypes=[DTYPES[name] for name in known("dtype", listed(parsed.dtype), DTYPES)],
         seconds=parsed.seconds,
         json=parsed.json,
@@ -93,7 +112,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m tools.profile", description=__doc__)
-    parser.add_argument("operation", metavar="OP", help="one of " + ", ".join(OPERATIONS))
+    parser.add_argument("operation", metavar="OP", nargs="?", help="one of " + ", ".join(OPERATIONS))
     parser.add_argument("--against", metavar="PEER,PEER", help="what to compare with; none for nothing")
     parser.add_argument("--shape", default="", metavar="NAME,NAME", help="shapes by name, or of your own")
     parser.add_argument("--batch", default="", metavar="N,N", help="batch sizes (sampling, train)")
@@ -103,6 +122,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
     parser.add_argument("--peer-python", metavar="PATH", help="Python of peers (load)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file, row by row")
+    parser.add_argument("--budget", action="store_true", help="what kernels take of a GPU, against budgets.json")
+    parser.add_argument("--update", action="store_true", help="with --budget: write what was found there instead")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the rows")
     return parser.parse_args(arguments)
 

@@ -35,7 +35,6 @@ SDPA = {
 }
 PEERS = (*SDPA, "flex", "eager", "compile")
 GPU_PEERS = ("cudnn", "efficient")
-MODES = ("forward", "backward")
 BUCKETS, MAX_DISTANCE = 32, 128  # T5's
 SCORE_SHARE = 8  # a peer that writes all scores is left out where they are more than this share of memory
 
@@ -48,10 +47,10 @@ def run(options: Options) -> Report:
     if against is None:
         against = [name for name in PEERS if on_gpu or name not in GPU_PEERS]
     wanted = shapes(options.shapes, on_gpu)
-    return measure("attention", wanted, partial(problem, against=against), options, MODES, rate="FLOP")
+    return measure("attention", wanted, partial(problem, against=against), options, rate="FLOP")
 
 
-def problem(shape: Shape, device: torch.device, dtype: torch.dtype, against: list[str]) -> Problem:
+def problem(shape: Shape, device: torch.device, dtype: torch.dtype, against: list[str] | None) -> Problem:
     """q, k, v and, for T5, the bias table, all with gradients."""
     q, k, v = (
         torch.randn(shape.batch, length, shape.heads, shape.head_dim, device=device).to(dtype).requires_grad_()

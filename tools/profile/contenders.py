@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -80,6 +81,24 @@ def compiled(function: Callable[..., OutputsT]) -> Callable[..., OutputsT]:
     return lambda *args, **kwargs: compile_once()(*args, **kwargs)
 
 
-def chosen(everyone: dict[str, Contender], against: Sequence[str]) -> dict[str, Contender]:
-    """Ours and the peers that are named."""
-    return {name: c for name, c in everyone.items() if name.startswith(OURS) or name in against}
+def chosen(everyone: dict[str, Contender], against: Sequence[str] | None) -> dict[str, Contender]:
+    """Ours and the peers that are named, or all."""
+    return {name: c for name, c in everyone.items() if name.startswith(OURS) or against is None or name in against}
+
+
+def contest(
+    function: Callable[..., Outputs],
+    formula: Callable[..., Outputs],
+    options: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    against: Sequence[str] | None,
+    native: bool = True,
+) -> dict[str, Contender]:
+    """Our function on each of its backends, against a formula of torch's, eager and compiled; all with ``options``."""
+    plain = partial(formula, **options)
+    everyone = {
+        f"{OURS} {name}": Contender(partial(function, **options, backend=name))
+        for name in our_backends(device, dtype, native)
+    }
+    return chosen(everyone | {"eager": Contender(plain), "compile": Contender(compiled(plain))}, against)
