@@ -108,7 +108,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     heads, groups = q.shape[-2], q.shape[-2] // k.shape[-2]
     blocks = triton.cdiv(call.max_seqlen_q, config.block_m)
     attention_forward_kernel[(blocks * _batch(q, call) * heads,)](
-        _rows(q), _rows(k), _rows(v), _rows(out), _per_query(lse), *_descriptors(k, v, call, config),
+        _rows(q), _rows(k), _rows(v), _rows(out), _per_query(lse), *_descriptors(k, v, config.block_n, config),
         _lengths(call), _scores(call),
         _dense(call.bias, q, call), _dropout(call), heads, groups, blocks, *_dims(q), config.block_m, config.block_n,
         call.causal, _precision(q), config.stages, config.near_stages,
@@ -145,7 +145,8 @@ def backward(
     blocks = triton.cdiv(call.max_seqlen_k, keys.block_n)
     attention_backward_keys_kernel[(blocks * batch * (heads // groups),)](
         _rows(q), _rows(k), _rows(v), _rows(grad_out), _per_query(lse), _per_query(delta),
-        _rows(dq) if one_pass else Rows(None, 0, 0, 0), _rows(dk), _rows(dv), *common, _dropout(call), heads, groups,
+        _rows(dq) if one_pass else Rows(None, 0, 0, 0), _rows(dk), _rows(dv),
+        *_descriptors(q, grad_out, keys.block_m, keys), *common, _dropout(call), heads, groups,
         blocks, *_dims(q), keys.block_m, keys.block_n, call.causal, _precision(q), keys.stages, keys.near_stages,
         num_warps=keys.warps, num_stages=keys.stages,
     )  # fmt: skip
@@ -157,7 +158,7 @@ def backward(
     blocks = triton.cdiv(call.max_seqlen_q, queries.block_m)
     attention_backward_queries_kernel[(blocks * batch * heads,)](
         _rows(q), _rows(k), _rows(v), _rows(grad_out), _per_query(lse), _per_query(delta), _rows(dq),
-        _per_query(far_sums), *common, _dense(full, q, call), _dropout(call), heads, groups, blocks, *_dims(q),
+        _per_query(far_sums), *_descriptors(k, v, queries.block_n, queries), *common, _dense(full, q, call), _dropout(call), heads, groups, blocks, *_dims(q),
         queries.block_m, queries.block_n, call.causal, _precision(q), queries.stages, queries.near_stages,
         num_warps=queries.warps, num_stages=queries.stages,
     )  # fmt: skip
@@ -241,17 +242,17 @@ def _scores(call: Call) -> Scores:
     return Scores(call.scale, call.softcap or None, call.window, call.slopes, call.table, reach)
 
 
-def _descriptors(k: Tensor, v: Tensor, call: Call, config: Config) -> tuple[TensorDescriptor | None, ...]:
-    """What the copy engine needs to fetch tiles of k and v, in the pieces of ``_dims``; it wants 16-byte strides."""
-    d0, d1, _ = _dims(k)
-    if not 0 < config.descriptors <= call.max_seqlen_k or not all(map(_is_aligned, (k, v))):
+def _descriptors(x: Tensor, y: Tensor, block: int, config: Config) -> tuple[TensorDescriptor | None, ...]:
+    """What the copy engine needs to fetch tiles of x and y in the pieces of ``_dims``; it wants 16-byte strides."""
+    d0, d1, _ = _dims(x)
+    if not 0 < config.descriptors <= x.shape[-3] or not (_is_aligned(x) and _is_aligned(y)):
         return None, None, None, None
 
-    def describe(x: Tensor, width: int) -> TensorDescriptor | None:
-        x = x if x.dim() == 4 else x.unsqueeze(0)
-        return TensorDescriptor(x, x.shape, x.stride(), [1, config.block_n, 1, width]) if width else None
+    def describe(z: Tensor, width: int) -> TensorDescriptor | None:
+        z = z if z.dim() == 4 else z.unsqueeze(0)
+        return TensorDescriptor(z, z.shape, z.stride(), [1, block, 1, width]) if width else None
 
-    return describe(k, d0), describe(k, d1), describe(v, d0), describe(v, d1)
+    return describe(x, d0), describe(x, d1), describe(y, d0), describe(y, d1)
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Attention backward: the probabilities are computed again from the saved log-sum-exp (Dao, arXiv:2307.08691).
 
 Two kernels, each owning what it writes, so that the result is the same bit for bit: a block of keys walks over its
-queries for dk and dv, a block of queries over its keys for dq. Or one kernel, where the first adds dq up in float32 with
-atomics: fewer products, but sums in no fixed order.
+queries for dk and dv, a block of queries over its keys for dq. Or one kernel, where the first adds dq up in float32
+with atomics: fewer products, but sums in no fixed order.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import triton.language as tl
 
 from kernels.gpu.attention_scores import (
     LOG2E,
+    Rows,
+    add_tile,
     bias_pointers,
     far_values,
     kept,
     key_limits,
     key_ranges,
+    key_runs,
     load_bias,
     load_tile,
     locate,
+    next_tile,
     queries_of,
     query_limits,
     query_ranges,
+    query_runs,
     rows_of,
     shaped,
     store_tile,
@@ -70,38 +75,41 @@ def load_statistics(lse, delta, row, length_q):
 
 @triton.jit
 def _walk_queries(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q, do, dq, lse, delta, q_stride, do_stride, dq_stride, first_key, offset, begin,
-    end, bounds, place, scores, dense, dropout, far,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, dq, run, first_key, offset, bounds, place, scores, dense, dropout,
+    far_right, far_left,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries [begin, end) give dk and dv; scores lie transposed, (keys, queries)."""
+    """Adds what a run of queries gives dk and dv; scores lie transposed, (keys, queries)."""
+    start, turn, stop, jump = run
     length_q, length_k = bounds
     batch, head, sequence_head = place
+    q, do, q_stride, do_stride, lse, delta, q0_tiles, q1_tiles, do0_tiles, do1_tiles, source = queries
     key = first_key + tl.arange(0, BLOCK_N)
     first, last = query_limits(key, offset, length_k, scores.window, CAUSAL)
     WINDOWED: tl.constexpr = scores.window is not None
-    for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+    for i in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+        m = i + tl.where(i >= turn, jump, 0)
+        far = tl.where(i >= turn, far_left, far_right)
         rows = m + tl.arange(0, BLOCK_M)
-        q0 = load_tile(q, q_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED)
+        q0 = next_tile(q0_tiles, source, q, q_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, PARTIAL, EXACT)
         qk = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
-            q1 = load_tile(q, q_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, MASKED)
+            q1 = next_tile(q1_tiles, source, q, q_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, PARTIAL, EXACT)
             qk = tl.dot(k1, tl.trans(q1), qk, input_precision=PRECISION)
         sums, deltas = load_statistics(lse, delta, rows, length_q)
         bias = 0.0
         if dense.data is not None:
             bias = load_bias(dense, batch, head, rows[None, :], key[:, None], length_q, length_k)
-        s, capped = shaped(
-            qk, (key - offset)[:, None] - rows[None, :], bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3"
-        )
+        distance = (key - offset)[:, None] - rows[None, :]
+        s, capped = shaped(qk, distance, bias, head, scores, dense, far, PARTIAL, PRECISION == "tf32x3")
         p = tl.exp2(s - sums[None, :])
-        if MASKED:
+        if PARTIAL:
             p = tl.where(within(rows[None, :], first, last, True, WINDOWED), p, 0.0)
-        do0 = load_tile(do, do_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, MASKED)
+        do0 = next_tile(do0_tiles, source, do, do_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, PARTIAL, EXACT)
         dp = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
         if D1 > 0:
-            do1 = load_tile(do, do_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, MASKED)
+            do1 = next_tile(do1_tiles, source, do, do_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, PARTIAL, EXACT)
             dp = tl.dot(v1, tl.trans(do1), dp, input_precision=PRECISION)
         dropped = p
         if dropout.seed is not None:
@@ -119,22 +127,19 @@ def _walk_queries(
         dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
         if D1 > 0:
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-        if dq is not None:
-            dim = tl.arange(0, D0)[None, :]
+        if dq.data is not None:
             part = tl.dot(tl.trans(ds), k0, input_precision=PRECISION) * scores.scale
-            pointers = dq + m * tl.cast(dq_stride, tl.int64) + (tl.arange(0, BLOCK_M)[:, None] * dq_stride + dim)
-            tl.atomic_add(pointers, part, mask=(rows < length_q)[:, None] & (dim < HEAD_DIM), sem="relaxed")
+            add_tile(dq.data, dq.seq, m, length_q, part, BLOCK_M, 0, D0, HEAD_DIM)
             if D1 > 0:
-                dim1 = D0 + tl.arange(0, D1)[None, :]
-                part1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * scores.scale
-                pointers = dq + m * tl.cast(dq_stride, tl.int64) + (tl.arange(0, BLOCK_M)[:, None] * dq_stride + dim1)
-                tl.atomic_add(pointers, part1, mask=(rows < length_q)[:, None] & (dim1 < HEAD_DIM), sem="relaxed")
+                part = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * scores.scale
+                add_tile(dq.data, dq.seq, m, length_q, part, BLOCK_M, D0, D1, HEAD_DIM)
     return dk0, dk1, dv0, dv1
 
 
 @triton.jit
 def attention_backward_keys_kernel(
-    q, k, v, grad_out, lse, delta, dq, dk, dv, lengths, scores, dense, dropout, heads, groups, blocks,
+    q, k, v, grad_out, lse, delta, dq, dk, dv, q0_tiles, q1_tiles, do0_tiles, do1_tiles, lengths, scores, dense,
+    dropout, heads, groups, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -159,45 +164,31 @@ def attention_backward_keys_kernel(
     else:
         k1, v1, dk1, dv1 = 0.0, 0.0, 0.0, 0.0
     b0, b1, b2, b3, b4, b5 = query_ranges(first_key, offset, length_q, real_k, scores, BLOCK_M, BLOCK_N, CAUSAL)
-    if first_key >= real_k:
-        b5 = b0
-        b1, b2, b3, b4 = b0, b0, b0, b0
+    whole, partial = query_runs(b0, b1, b2, b3, b4, b5, CAUSAL or scores.window is not None)
     bounds = (length_q, real_k)
-    for member in tl.range(0, groups):
+    EXACT: tl.constexpr = lengths.cu_seqlens_q is None
+    # No more than groups turns, and none where there is no real key.
+    for member in tl.range(0, tl.where(first_key < real_k, groups, 0)):
         head = kv_head * groups + member
         place = (batch, head, batch * heads + head)
         far_left, far_right = far_values(scores, head)
-        q_rows, do_rows = rows_of(q, batch, start_q, head), rows_of(grad_out, batch, start_q, head)
-        dq_rows = rows_of(dq, batch, start_q, head) if dq.data is not None else None
-        sums, deltas = queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head)
-        if CAUSAL or scores.window is not None:
-            dk0, dk1, dv0, dv1 = _walk_queries(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-                first_key, offset, b0, b1, bounds, place, scores, dense, dropout, 0.0,
-                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, PRECISION, NEAR_STAGES,
-            )  # fmt: skip
-        if scores.table is not None and scores.window is None:
-            if not CAUSAL:
-                dk0, dk1, dv0, dv1 = _walk_queries(
-                    dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq,
-                    dq.seq, first_key, offset, b1, b2, bounds, place, scores, dense, dropout, far_right,
-                    D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, PRECISION, STAGES,
-                )  # fmt: skip
-            dk0, dk1, dv0, dv1 = _walk_queries(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-                first_key, offset, b2, b3, bounds, place, scores, dense, dropout, 0.0,
-                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, PRECISION, NEAR_STAGES,
-            )  # fmt: skip
-        if scores.table is None or scores.window is None:
-            dk0, dk1, dv0, dv1 = _walk_queries(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-                first_key, offset, b3, b4, bounds, place, scores, dense, dropout, far_left,
-                D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, PRECISION, STAGES,
-            )  # fmt: skip
+        dq_rows = dq
+        if dq.data is not None:
+            dq_rows = Rows(rows_of(dq, batch, start_q, head), 0, dq.seq, 0)
+        queries = (
+            rows_of(q, batch, start_q, head), rows_of(grad_out, batch, start_q, head), q.seq, grad_out.seq,
+            queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head),
+            q0_tiles, q1_tiles, do0_tiles, do1_tiles, (batch if lengths.cu_seqlens_q is None else 0, start_q, head),
+        )  # fmt: skip
         dk0, dk1, dv0, dv1 = _walk_queries(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, q_rows, do_rows, dq_rows, sums, deltas, q.seq, grad_out.seq, dq.seq,
-            first_key, offset, b4, b5, bounds, place, scores, dense, dropout, 0.0,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, PRECISION, NEAR_STAGES,
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, dq_rows, whole, first_key, offset, bounds, place, scores,
+            dense, dropout, far_right, far_left,
+            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, EXACT, PRECISION, STAGES,
+        )  # fmt: skip
+        dk0, dk1, dv0, dv1 = _walk_queries(
+            dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, dq_rows, partial, first_key, offset, bounds, place, scores,
+            dense, dropout, 0.0, 0.0,
+            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, EXACT, PRECISION, NEAR_STAGES,
         )  # fmt: skip
     dk_rows, dv_rows = rows_of(dk, batch, start_k, kv_head), rows_of(dv, batch, start_k, kv_head)
     store_tile(dk_rows, dk.seq, first_key, length_k, dk0 * scores.scale, BLOCK_N, 0, D0, HEAD_DIM)
@@ -210,13 +201,12 @@ def attention_backward_keys_kernel(
 @triton.jit
 def score_gradients(
     q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, n, bounds, place, scores, dense, dropout, far,
-    D1: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D1: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of biased scores, (queries, keys n to n + BLOCK_N - 1), and the soft-cap's tanh."""
     length_q, length_k = bounds
-    key = n + tl.arange(0, BLOCK_N)[None, :]
     batch, head, sequence_head = place
+    key = n + tl.arange(0, BLOCK_N)[None, :]
     qk = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     dp = tl.dot(do0, tl.trans(v0), input_precision=PRECISION)
     if D1 > 0:
@@ -225,9 +215,9 @@ def score_gradients(
     bias = 0.0
     if dense.data is not None:
         bias = load_bias(dense, batch, head, row[:, None], key, length_q, length_k)
-    s, capped = shaped(qk, key - position[:, None], bias, head, scores, dense, far, NEAR, PRECISION == "tf32x3")
+    s, capped = shaped(qk, key - position[:, None], bias, head, scores, dense, far, PARTIAL, PRECISION == "tf32x3")
     p = tl.exp2(s - sums[:, None])
-    if MASKED:
+    if PARTIAL:
         first, last = key_limits(position, length_k, scores.window, CAUSAL)
         p = tl.where(within(key, first, last, scores.window is not None, True), p, 0.0)
     if dropout.seed is not None:
@@ -237,34 +227,34 @@ def score_gradients(
 
 @triton.jit
 def _walk_keys(
-    dq0, dq1, far_sum, q0, q1, do0, do1, k, v, k_stride, v_stride, sums, deltas, first_row, first_position, begin, end,
-    bounds, place, scores, dense, grad_dense, dropout, far,
+    dq0, dq1, far_sum, q0, q1, do0, do1, keys, run, sums, deltas, first_row, first_position, bounds, place, scores,
+    dense, grad_dense, dropout, far_left, far_right,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr, ADD_UP: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, ADD_UP: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys [begin, end) give dq, and if ADD_UP the sum of their scores' gradients to ``far_sum``."""
+    """Adds what a run of keys gives dq; if ADD_UP, also its scores' gradients, before the turn, to ``far_sum``."""
+    start, turn, stop, jump = run
     length_q, length_k = bounds
     batch, head, _ = place
+    k, v, k_stride, v_stride, k0_tiles, k1_tiles, v0_tiles, v1_tiles, source = keys
     row, position = first_row + tl.arange(0, BLOCK_M), first_position + tl.arange(0, BLOCK_M)
-    k1, v1 = 0.0, 0.0
-    for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        k0 = load_tile(k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
-        v0 = load_tile(v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, MASKED)
+    for i in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        n = i + tl.where(i >= turn, jump, 0)
+        far = tl.where(i >= turn, far_right, far_left)
+        k0 = next_tile(k0_tiles, source, k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, PARTIAL, EXACT)
+        v0 = next_tile(v0_tiles, source, v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, PARTIAL, EXACT)
         if D1 > 0:
-            k1_tile = load_tile(k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
-            v1_tile = load_tile(v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, MASKED)
-            ds, capped = score_gradients(
-                q0, q1, do0, do1, k0, k1_tile, v0, v1_tile, sums, deltas, row, position, n, bounds, place, scores,
-                dense, dropout, far, D1, BLOCK_N, CAUSAL, MASKED, NEAR, PRECISION,
-            )  # fmt: skip
+            k1 = next_tile(k1_tiles, source, k, k_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, PARTIAL, EXACT)
+            v1 = next_tile(v1_tiles, source, v, v_stride, n, length_k, BLOCK_N, D0, D1, HEAD_DIM, PARTIAL, EXACT)
         else:
-            ds, capped = score_gradients(
-                q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, n, bounds, place, scores, dense,
-                dropout, far, D1, BLOCK_N, CAUSAL, MASKED, NEAR, PRECISION,
-            )  # fmt: skip
+            k1, v1 = 0.0, 0.0
+        ds, capped = score_gradients(
+            q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, row, position, n, bounds, place, scores, dense, dropout,
+            far, D1, BLOCK_N, CAUSAL, PARTIAL, PRECISION,
+        )  # fmt: skip
         if ADD_UP:
-            far_sum += tl.sum(ds, 1)
+            far_sum += tl.where(i >= turn, 0.0, tl.sum(ds, 1))
         if grad_dense.data is not None:
             key = n + tl.arange(0, BLOCK_N)[None, :]
             pointers = bias_pointers(grad_dense, batch, head, row[:, None], key)
@@ -274,13 +264,14 @@ def _walk_keys(
         ds = ds.to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1 > 0:
-            dq1 = tl.dot(ds, k1_tile, dq1, input_precision=PRECISION)
+            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
     return dq0, dq1, far_sum
 
 
 @triton.jit
 def attention_backward_queries_kernel(
-    q, k, v, grad_out, lse, delta, dq, far_sums, lengths, scores, dense, grad_dense, dropout, heads, groups, blocks,
+    q, k, v, grad_out, lse, delta, dq, far_sums, k0_tiles, k1_tiles, v0_tiles, v1_tiles, lengths, scores, dense,
+    grad_dense, dropout, heads, groups, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -296,7 +287,6 @@ def attention_backward_queries_kernel(
         return
     first_position = first_row + length_k - length_q
     q_rows, do_rows = rows_of(q, batch, start_q, head), rows_of(grad_out, batch, start_q, head)
-    k_rows, v_rows = rows_of(k, batch, start_k, head // groups), rows_of(v, batch, start_k, head // groups)
     q0 = load_tile(q_rows, q.seq, first_row, length_q, BLOCK_M, 0, D0, HEAD_DIM, True)
     do0 = load_tile(do_rows, grad_out.seq, first_row, length_q, BLOCK_M, 0, D0, HEAD_DIM, True)
     dq0 = tl.zeros((BLOCK_M, D0), tl.float32)
@@ -313,36 +303,22 @@ def attention_backward_queries_kernel(
     far_sum = tl.zeros((BLOCK_M,), tl.float32)
     far_left, far_right = far_values(scores, head)
     b0, b1, b2, b3, b4, b5 = key_ranges(first_position, real_k, scores, BLOCK_M, BLOCK_N, CAUSAL)
+    whole, partial = key_runs(b0, b1, b2, b3, b4, b5, scores.window is not None)
     bounds, place = (length_q, real_k), (batch, head, sequence_head)
-    if scores.window is not None:
-        dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
-            b0, b1, bounds, place, scores, dense, grad_dense, dropout, 0.0,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, False, PRECISION, NEAR_STAGES,
-        )  # fmt: skip
-    if scores.table is None or scores.window is None:
-        dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
-            b1, b2, bounds, place, scores, dense, grad_dense, dropout, far_left,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, far_sums.data is not None, PRECISION, STAGES,
-        )  # fmt: skip
-    if scores.table is not None and scores.window is None and not CAUSAL:
-        dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
-            b2, b3, bounds, place, scores, dense, grad_dense, dropout, 0.0,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, True, False, PRECISION, NEAR_STAGES,
-        )  # fmt: skip
-        dq0, dq1, far_sum = _walk_keys(
-            dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
-            b3, b4, bounds, place, scores, dense, grad_dense, dropout, far_right,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, False, False, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        b4 = b2
+    EXACT: tl.constexpr = lengths.cu_seqlens_k is None and lengths.key_lengths is None
+    keys = (
+        rows_of(k, batch, start_k, head // groups), rows_of(v, batch, start_k, head // groups), k.seq, v.seq,
+        k0_tiles, k1_tiles, v0_tiles, v1_tiles, (batch if lengths.cu_seqlens_k is None else 0, start_k, head // groups),
+    )  # fmt: skip
     dq0, dq1, far_sum = _walk_keys(
-        dq0, dq1, far_sum, q0, q1, do0, do1, k_rows, v_rows, k.seq, v.seq, sums, deltas, first_row, first_position,
-        b4, b5, bounds, place, scores, dense, grad_dense, dropout, 0.0,
-        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, True, False, PRECISION, NEAR_STAGES,
+        dq0, dq1, far_sum, q0, q1, do0, do1, keys, whole, sums, deltas, first_row, first_position, bounds, place,
+        scores, dense, grad_dense, dropout, far_left, far_right,
+        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, far_sums.data is not None, EXACT, PRECISION, STAGES,
+    )  # fmt: skip
+    dq0, dq1, far_sum = _walk_keys(
+        dq0, dq1, far_sum, q0, q1, do0, do1, keys, partial, sums, deltas, first_row, first_position, bounds, place,
+        scores, dense, grad_dense, dropout, 0.0, 0.0,
+        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, False, EXACT, PRECISION, NEAR_STAGES,
     )  # fmt: skip
     dq_rows = rows_of(dq, batch, start_q, head)
     store_tile(dq_rows, dq.seq, first_row, length_q, dq0 * scores.scale, BLOCK_M, 0, D0, HEAD_DIM)

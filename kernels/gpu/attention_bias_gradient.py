@@ -88,7 +88,7 @@ def attention_bias_gradient_kernel(
             k1, v1 = 0.0, 0.0
         ds, _ = score_gradients(
             q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, rows, position, n, bounds, place, scores, dense, dropout,
-             0.0, D1, BLOCK, CAUSAL, True, True, PRECISION,
+             0.0, D1, BLOCK, CAUSAL, True, PRECISION,
         )  # fmt: skip
         sheared = tl.gather(ds, source, 1)
         complete = unfinished + tl.sum(tl.where(wrapped, sheared, 0.0), 0)

@@ -29,7 +29,7 @@ class Config:
     stages: int
     near_stages: int
     one_pass: bool = False  # for keys: add dq up with atomics unless the call has to be deterministic
-    descriptors: int = 0  # for forward: from this many keys on the copy engine fetches k and v; 0 is never
+    descriptors: int = 0  # from this many rows on the copy engine fetches what the loop walks over; 0 is never
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Entry:
 SMALL = Config(64, 32, 4, 1, 1)  # for GPUs that the table does not know
 INTERPRETED = {  # small and unequal, so that tests at small sizes cross many borders
     "forward": Config(32, 16, 4, 1, 1, descriptors=1),
-    "keys": Config(16, 32, 4, 1, 1),
-    "queries": Config(32, 16, 4, 1, 1),
+    "keys": Config(16, 32, 4, 1, 1, descriptors=1),
+    "queries": Config(32, 16, 4, 1, 1, descriptors=1),
     "bias_gradient": Config(16, 16, 4, 1, 1),
 }
 

@@ -129,17 +129,22 @@ def load_tile(
 
 
 @triton.jit
-def fetch_tile(
-    descriptor, place, first, count, BLOCK: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr
-):
-    """The same through a descriptor of (batch, seqlen, heads, head_dim), whose own ends give zeros.
+def next_tile(
+    descriptor, source, x, stride, first, count, BLOCK: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """``load_tile``, by the copy engine where there is a descriptor of (batch, seqlen, heads, head_dim).
 
-    Unless EXACT, rows from ``count`` on are another sequence's: they are cleared, for a NaN there must stay there.
+    Its own ends give zeros. Unless EXACT, rows from ``count`` on are another sequence's: they are cleared, for a NaN
+    there must stay there.
     """
-    batch, start, head = place
-    tile = descriptor.load([batch, start + first, head, BEGIN]).reshape(BLOCK, WIDTH)
-    if not EXACT:
-        tile = tl.where(tl.arange(0, BLOCK)[:, None] < count - first, tile, 0.0)
+    if descriptor is not None:
+        batch, start, head = source
+        tile = descriptor.load([batch, start + first, head, BEGIN]).reshape(BLOCK, WIDTH)
+        if MASKED and not EXACT:
+            tile = tl.where(tl.arange(0, BLOCK)[:, None] < count - first, tile, 0.0)
+    else:
+        tile = load_tile(x, stride, first, count, BLOCK, BEGIN, WIDTH, HEAD_DIM, MASKED)
     return tile
 
 
@@ -159,6 +164,24 @@ def store_tile(
     row, dim = tl.arange(0, BLOCK)[:, None], BEGIN + tl.arange(0, WIDTH)[None, :]
     pointers = x + first * tl.cast(stride, tl.int64) + (row * stride + dim)
     tl.store(pointers, value.to(x.dtype.element_ty), mask=(row < count - first) & (dim < HEAD_DIM))
+
+
+@triton.jit
+def add_tile(
+    x,
+    stride,
+    first,
+    count,
+    value,
+    BLOCK: tl.constexpr,
+    BEGIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Adds to what is there; programs take turns in any order."""
+    row, dim = tl.arange(0, BLOCK)[:, None], BEGIN + tl.arange(0, WIDTH)[None, :]
+    pointers = x + first * tl.cast(stride, tl.int64) + (row * stride + dim)
+    tl.atomic_add(pointers, value, mask=(row < count - first) & (dim < HEAD_DIM), sem="relaxed")
 
 
 @triton.jit
@@ -242,6 +265,28 @@ def query_ranges(
             b3 = tl.minimum(tl.maximum(round_up(last + scores.reach - offset, BLOCK_M), b2), b4)
             b4 = tl.maximum(b4, b3)
     return begin, b1, b2, b3, b4, end
+
+
+@triton.jit
+def key_runs(b0, b1, b2, b3, b4, b5, WINDOWED: tl.constexpr):
+    """``key_ranges`` as two loops, of whole tiles and of others: each (start, turn, stop, jump).
+
+    A loop runs from ``start`` to ``stop``, and from ``turn`` on it is ``jump`` ahead of its counter.
+    """
+    whole = (b1, b2, b4 - (b3 - b2), b3 - b2)
+    if WINDOWED:
+        partial = (b0, b1, b5 - (b4 - b1), b4 - b1)
+    else:
+        partial = (b2, b3, b5 - (b4 - b3), b4 - b3)
+    return whole, partial
+
+
+@triton.jit
+def query_runs(b0, b1, b2, b3, b4, b5, BEHIND: tl.constexpr):
+    """The same of ``query_ranges``. BEHIND: some of the first queries see only some keys, as under a causal mask."""
+    whole = (b1, b2, b4 - (b3 - b2), b3 - b2)
+    partial = (b0 if BEHIND else b2, b3, b5 - (b4 - b3), b4 - b3)
+    return whole, partial
 
 
 @triton.jit
