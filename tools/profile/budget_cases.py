@@ -1,4 +1,4 @@
-"""The calls whose kernels have a budget: each launches on small CPU tensors, inside ``budget.compiled``, where nothing runs.
+"""The calls whose kernels have a budget: each launches on small CPU tensors inside ``budget.compiled``, which runs none.
 
 A case is a line: its name, "operation/what", and what it calls. Triton specialises on what a launcher passes, so a case
 stands for all calls of its dtype, options and divisibility by 16, not for one size.
@@ -10,6 +10,20 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
+
+def attention(
+    head_dim: int, dtype: torch.dtype = torch.bfloat16, *, causal: bool = False, table: bool = False,
+    softcap: float = 0.0, dropout: float = 0.0, window: int | None = None, deterministic: bool = False,
+) -> None:  # fmt: skip
+    from kernels.gpu import attention as gpu
+
+    q, k, v = (torch.zeros(1, 256, 2, head_dim, dtype=dtype) for _ in range(3))
+    biases = torch.zeros(2, 257) if table else None
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    call = gpu.Call(None, None, None, None, biases, None, seed, 256, 256, causal, 0.125, window, softcap, dropout)
+    out, lse = gpu.forward(q, k, v, *call)
+    gpu.backward(out, None, q, k, v, out, lse, *call, deterministic, table, False)
 
 
 def cross_entropy(dtype: torch.dtype, vocab: int, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
@@ -32,6 +46,18 @@ def linear_cross_entropy(
 
 
 CASES: dict[str, Callable[[], None]] = {
+    "attention/d64": partial(attention, 64),
+    "attention/d64-causal": partial(attention, 64, causal=True),
+    "attention/d64-t5": partial(attention, 64, table=True),
+    "attention/d64-causal-t5": partial(attention, 64, causal=True, table=True),
+    "attention/d64-deterministic": partial(attention, 64, deterministic=True),
+    "attention/d64-dropout": partial(attention, 64, dropout=0.1),
+    "attention/d64-fp32": partial(attention, 64, torch.float32),
+    "attention/d80-causal": partial(attention, 80, causal=True),
+    "attention/d128": partial(attention, 128),
+    "attention/d128-causal": partial(attention, 128, causal=True),
+    "attention/d128-causal-softcap-window": partial(attention, 128, causal=True, softcap=50.0, window=64),
+    "attention/d256-causal": partial(attention, 256, causal=True),
     "cross_entropy/bf16-32000": partial(cross_entropy, torch.bfloat16, 32_000),
     "cross_entropy/bf16-50257": partial(cross_entropy, torch.bfloat16, 50_257),
     "cross_entropy/fp32-32000": partial(cross_entropy, torch.float32, 32_000),
@@ -41,4 +67,4 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 # Those that also have to compile for AMD's gfx942; what they take there is not held to anything.
-AMD_CASES = ("cross_entropy/bf16-32000", "linear_cross_entropy/bf16")
+AMD_CASES = ("attention/d64-causal", "cross_entropy/bf16-32000", "linear_cross_entropy/bf16")

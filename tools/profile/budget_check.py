@@ -31,7 +31,7 @@ Budgets = dict[str, dict[str, Kernel]]  # by architecture and by "case: kernel"
 
 
 def run(operation: str | None, update: bool, path: Path | None) -> Report:
-    """A row a kernel and architecture; a breach is among the report's failures. update: write what was found instead."""
+    """A row a kernel and architecture; breaches are the report's failures. update: write what was found instead."""
     names = [name for name in CASES if operation in (None, name.split("/")[0])]
     if not names:
         known = ", ".join(dict.fromkeys(name.split("/")[0] for name in CASES))

@@ -12,14 +12,16 @@ from tools.profile.budget_cases import CASES
 
 
 def main(architecture: str, names: list[str]) -> None:
+    known: dict[Any, dict[str, Any]] = {}  # cases share kernels
     with compiled(architecture) as kernels:
         for name in names:
             kernels.clear()
             try:
                 CASES[name]()
-                lines = [described(kernel, architecture) for kernel in dict.fromkeys(kernels)]
+                known |= {kernel: described(kernel, architecture) for kernel in kernels if kernel not in known}
+                lines = [known[kernel] for kernel in dict.fromkeys(kernels)]
             except Exception as error:  # a kernel that does not compile is a finding, and the others go on
-                lines = [{"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}]
+                lines = [{"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]}]
             for line in lines:
                 text = json.dumps({"case": name, "architecture": architecture, **line})
                 sys.stdout.write(text + "\n")  # at once, since other workers write to the same pipe

@@ -51,7 +51,7 @@ def measure(
     dtypes = options.dtypes or [torch.bfloat16 if device.type == "cuda" else torch.float32]
     modes = options.modes or modes
     limits = ceilings.measure(device, dtypes)
-    times = dict.fromkeys(("ms", "20%", "80%"), ["0.00123"])
+    times = {name: ["0.00123"] for name in ("ms", "20%", "80%")}
     table = Table({"shape": [shape.label for shape in shapes], "mode": modes, "who": ["tandem native"], **times})
     report = Report(operation, KEYS, hidden=HIDDEN, path=options.json, ceilings=limits.cells(), table=table)
     report.start()
