@@ -126,11 +126,11 @@ def loss_of_logits(logits: Tensor, labels: Tensor, options: LossOptions, gradien
     if lse is not None:
         loss += options.z_loss * lse.square()
     if gradients:
-        slope = log_p.exp_()
-        if lse is not None:
-            slope *= (1 + 2 * options.z_loss * lse)[:, None]
-        slope -= smoothing / logits.shape[1]
+        p = log_p.exp_()
+        slope = p - smoothing / logits.shape[1]
         slope.scatter_add_(1, targets, torch.full_like(targets, smoothing - 1, dtype=slope.dtype))
+        if lse is not None:
+            slope += p * (2 * options.z_loss * lse)[:, None]
         if options.softcap:
             slope *= 1 - (x / options.softcap).square()
         logits.copy_(slope.masked_fill_(~kept[:, None], 0.0))
@@ -151,8 +151,11 @@ class ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivative: use backend='reference' for create_graph"
+            )
         each = zip(ctx.wanted, ctx.saved_tensors, ctx.dtypes, strict=True)
         of_hidden, of_weight, of_bias = (_times(x, grad).to(dtype) if want else None for want, x, dtype in each)
         return None, of_hidden, of_weight, of_bias, None, None, None, None

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import reference
-from kernels.backend import TRITON_DEVICE, available, choose
+from kernels.backend import TRITON_DEVICE, TRITON_DTYPES, available, choose
 
 if TRITON_DEVICE is not None:
     from kernels.gpu import cross_entropy as gpu
 
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("triton", "torch", "reference")
 
 
 def cross_entropy(
@@ -43,7 +43,7 @@ def cross_entropy(
     check_options(labels, logits.shape[:-1], label_smoothing, z_loss)
     rows, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     names = available(logits.device, triton=logits.dtype in TRITON_DTYPES)
-    name = choose("cross_entropy", names, backend)
+    name = choose("cross_entropy", names, backend, has=BACKENDS)
     if name == "triton":
         return gpu.CrossEntropy.apply(rows, labels, label_smoothing, z_loss, ignore_index)
     if name == "reference":

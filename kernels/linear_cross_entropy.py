@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels import reference
-from kernels.backend import TRITON_DEVICE, available, choose
+from kernels.backend import TRITON_DEVICE, TRITON_DTYPES, available, choose
 from kernels.chunked_loss import ChunkedLoss, LossOptions, Wanted, chunked_loss, loss_of_logits
-from kernels.cross_entropy import TRITON_DTYPES, check_options
+from kernels.cross_entropy import BACKENDS, check_options
 
 if TRITON_DEVICE is not None:
     from kernels.gpu.linear_cross_entropy import LINEAR_CROSS_ENTROPY
@@ -54,9 +53,7 @@ def linear_cross_entropy(
     dtype = _product_dtype(hidden)
     name = _backend(hidden.device, dtype, backend)
     if name == "reference":
-        return reference.cross_entropy(
-            _logits(rows, weight, bias, options), labels, label_smoothing, z_loss, ignore_index
-        )
+        return reference.linear_cross_entropy(rows, weight, bias, labels, options)
     compute = _triton if name == "triton" else _torch
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -69,7 +66,8 @@ def prefers_chunks(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def _backend(device: torch.device, dtype: torch.dtype, requested: str | None) -> str:
-    return choose("linear_cross_entropy", available(device, triton=dtype in TRITON_DTYPES), requested)
+    names = available(device, triton=dtype in TRITON_DTYPES)
+    return choose("linear_cross_entropy", names, requested, has=BACKENDS)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -87,11 +85,6 @@ def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"hidden must be (..., dim), weight (vocab, dim) and bias (vocab,): got {tuple(hidden.shape)}, "
             f"{tuple(weight.shape)}{'' if bias is None else f', {tuple(bias.shape)}'}"
         )
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
-    logits = F.linear(hidden * options.scale, weight, bias)
-    return options.softcap * (logits / options.softcap).tanh() if options.softcap else logits
 
 
 def _torch(

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from kernels.attention_options import ScoreOptions
 
 if TYPE_CHECKING:
+    from kernels.chunked_loss import LossOptions
     from kernels.sampling import SamplingBatch
 
 
@@ -178,6 +180,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(-1).square()
     return loss.masked_fill(ignored, 0.0).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions
+) -> Tensor:
+    """The same of hidden (rows, dim) before its head: see ``kernels.linear_cross_entropy.linear_cross_entropy``."""
+    logits = linear(hidden * options.scale, weight, bias)
+    if options.softcap:
+        logits = options.softcap * (logits / options.softcap).tanh()
+    return cross_entropy(logits, labels, options.label_smoothing, options.z_loss, options.ignore_index)
 
 
 def sampling_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:

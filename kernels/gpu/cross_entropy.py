@@ -99,11 +99,11 @@ def row_loss(
 @triton.jit
 def logit_gradient(x, column, label, peak, log_sum, vocab, label_smoothing, z_loss, Z: tl.constexpr):
     """The loss's slope by the logits x of a tile."""
-    slope = tl.exp(x - peak - log_sum)
+    p = tl.exp(x - peak - log_sum)
+    slope = tl.where(column == label, p - (1 - label_smoothing), p) - label_smoothing / vocab
     if Z:
-        slope *= 1 + 2 * z_loss * (peak + log_sum)
-    slope -= label_smoothing / vocab
-    return tl.where(column == label, slope - (1 - label_smoothing), slope)
+        slope += p * (2 * z_loss * (peak + log_sum))
+    return slope
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -260,6 +260,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("triton cross_entropy has no second derivative: use backend='torch' for create_graph")
         return BACKWARD(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
