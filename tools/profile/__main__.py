@@ -18,10 +18,10 @@ from tools.profile.options import MODES, Options, known, listed, numbers
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report, which prints its
 # rows as they are measured. OPTIONS are those of SOME that it takes, and "shape"
 # where run() reads the shapes' names itself, and has others than SHAPES; MODES, if there, are fewer than all.
-OPERATIONS = {
-    name: f"tools.profile.{name}"
-    for name in ("attention", "cross_entropy", "linear_cross_entropy", "load", "sampling", "train")
-}
+NAMES = (
+    "attention", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy", "sampling", "load", "train",
+)  # fmt: skip
+OPERATIONS = {name: f"tools.profile.{name}" for name in NAMES}
 SOME = ("batch", "mode", "dtype", "plot", "peer_python")  # options that not every operation takes
 SHOWS = {"compare": compare.main, "plot": plot.main}
 

@@ -59,9 +59,10 @@ def measure(
         for dtype in dtypes:
             torch.compiler.reset()  # its graphs are for one shape; too many would make it give up
             torch.manual_seed(0)
-            work = problem(shape, device, dtype)
+            given = problem(shape, device, dtype)
             for mode in modes:
-                _Group(shape.label, work, mode, limits, rate).measure(report, options.seconds)
+                _Group(shape.label, given, mode, limits, rate).measure(report, options.seconds)
+            del given  # memory for the next one
     return report
 
 
