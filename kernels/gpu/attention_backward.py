@@ -65,12 +65,14 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def load_statistics(lse, delta, row, length_q):
+def load_statistics(lse, delta, row, length_q, MASKED: tl.constexpr):
     """lse in base 2 and delta; infinity where there is no key or no row, so that its probabilities are zero."""
-    real = row < length_q
-    sums = tl.load(lse + row, mask=real, other=float("-inf"))
-    sums = tl.where(sums == float("-inf"), float("inf"), sums * LOG2E)
-    return sums, tl.load(delta + row, mask=real, other=0.0)
+    if MASKED:
+        real = row < length_q
+        sums, deltas = tl.load(lse + row, mask=real, other=float("-inf")), tl.load(delta + row, mask=real, other=0.0)
+    else:
+        sums, deltas = tl.load(lse + row), tl.load(delta + row)
+    return tl.where(sums == float("-inf"), float("inf"), sums * LOG2E), deltas
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def _walk_queries(
     first, last = query_limits(key, offset, length_k, scores.window, CAUSAL)
     WINDOWED: tl.constexpr = scores.window is not None
     for i in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
-        m = i + tl.where(i >= turn, jump, 0)
+        m = tl.multiple_of(i + tl.where(i >= turn, jump, 0), BLOCK_M)
         far = tl.where(i >= turn, far_left, far_right)
         rows = m + tl.arange(0, BLOCK_M)
         q0 = next_tile(q0_tiles, source, q, q_stride, m, length_q, BLOCK_M, 0, D0, HEAD_DIM, PARTIAL, EXACT)
@@ -97,7 +99,7 @@ def _walk_queries(
         if D1 > 0:
             q1 = next_tile(q1_tiles, source, q, q_stride, m, length_q, BLOCK_M, D0, D1, HEAD_DIM, PARTIAL, EXACT)
             qk = tl.dot(k1, tl.trans(q1), qk, input_precision=PRECISION)
-        sums, deltas = load_statistics(lse, delta, rows, length_q)
+        sums, deltas = load_statistics(lse, delta, rows, length_q, PARTIAL)
         bias = 0.0
         if dense.data is not None:
             bias = load_bias(dense, batch, head, rows[None, :], key[:, None], length_q, length_k)
@@ -240,7 +242,7 @@ def _walk_keys(
     k, v, k_stride, v_stride, k0_tiles, k1_tiles, v0_tiles, v1_tiles, source = keys
     row, position = first_row + tl.arange(0, BLOCK_M), first_position + tl.arange(0, BLOCK_M)
     for i in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-        n = i + tl.where(i >= turn, jump, 0)
+        n = tl.multiple_of(i + tl.where(i >= turn, jump, 0), BLOCK_N)
         far = tl.where(i >= turn, far_right, far_left)
         k0 = next_tile(k0_tiles, source, k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, PARTIAL, EXACT)
         v0 = next_tile(v0_tiles, source, v, v_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, PARTIAL, EXACT)
@@ -298,7 +300,7 @@ def attention_backward_queries_kernel(
         q1, do1, dq1 = 0.0, 0.0, 0.0
     rows = first_row + tl.arange(0, BLOCK_M)
     sums, deltas = load_statistics(
-        queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head), rows, length_q
+        queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head), rows, length_q, True
     )
     far_sum = tl.zeros((BLOCK_M,), tl.float32)
     far_left, far_right = far_values(scores, head)

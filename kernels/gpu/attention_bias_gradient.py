@@ -61,7 +61,7 @@ def attention_bias_gradient_kernel(
     rows = first_row + tl.arange(0, BLOCK)
     position = first + tl.arange(0, BLOCK)
     lse_rows = queries_of(lse, batch, start_q, head)
-    sums, deltas = load_statistics(lse_rows, queries_of(delta, batch, start_q, head), rows, length_q)
+    sums, deltas = load_statistics(lse_rows, queries_of(delta, batch, start_q, head), rows, length_q, True)
     bounds, place = (length_q, real_k), (batch, head, sequence_head)
 
     begin, _, near_begin, _, _, end = key_ranges(first, real_k, scores, BLOCK, BLOCK, CAUSAL)
@@ -86,7 +86,7 @@ def attention_bias_gradient_kernel(
             v1 = load_tile(v_rows, v.seq, n, real_k, BLOCK, D0, D1, HEAD_DIM, True)
         else:
             k1, v1 = 0.0, 0.0
-        ds, _ = score_gradients(
+        ds, capped = score_gradients(
             q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, rows, position, n, bounds, place, scores, dense, dropout,
              0.0, D1, BLOCK, CAUSAL, True, PRECISION,
         )  # fmt: skip

@@ -49,7 +49,7 @@ def _walk(
         and (scores.table is None or not PARTIAL)
     )
     for i in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
-        n = i + tl.where(i >= turn, jump, 0)
+        n = tl.multiple_of(i + tl.where(i >= turn, jump, 0), BLOCK_N)
         far = tl.where(i >= turn, far_right, far_left)
         key = n + tl.arange(0, BLOCK_N)[None, :]
         k0 = next_tile(k0_tiles, source, k, k_stride, n, length_k, BLOCK_N, 0, D0, HEAD_DIM, PARTIAL, True)
