@@ -1,33 +1,25 @@
-"""What `python -m tools.profile OP` measures: tiny shapes, correct rows, failures that stop nothing else."""
+"""What `python -m tools.profile OP` measures: tiny shapes, correct rows, the least work counted right."""
 
 from __future__ import annotations
 
-import math
-import sys
-
 import pytest
 import torch
-from torch import Tensor
 
-from tools.profile import attention, attention_shapes, ceilings, compare, measure, plot
+from tests.tools.profiling import options
+from tools.profile import (
+    activation,
+    attention,
+    attention_shapes,
+    cross_entropy,
+    linear_cross_entropy,
+    norm,
+    rotary,
+    rows,
+)
 from tools.profile.attention_shapes import SHAPES, Shape, shapes
-from tools.profile.ceilings import Ceilings
-from tools.profile.contenders import Contender, Problem, Work
-from tools.profile.options import Options
-from tools.profile.report import Report, read
+from tools.profile.report import read
 
-CPU = torch.device("cpu")
-LIMITS = Ceilings(CPU, {torch.float32: 1e11}, 1e10, 2e10)
-
-
-@pytest.fixture(autouse=True)
-def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring this machine's takes longer than these tests."""
-    monkeypatch.setattr(ceilings, "measure", lambda device, dtypes: LIMITS)
-
-
-def options(**changes: object) -> Options:
-    return Options(**({"against": ["eager"], "seconds": 0.001} | changes))  # type: ignore[arg-type]
+pytestmark = pytest.mark.usefixtures("cpu_of_known_ceilings")
 
 
 def test_attention_is_measured_forward_and_backward_against_its_peers(tmp_path) -> None:
@@ -52,6 +44,62 @@ def test_attention_in_bfloat16_runs_on_the_backends_that_have_it() -> None:
     report = attention.run(options(shapes=["1x24x2x16"], dtypes=[torch.bfloat16], modes=["both"]))
     assert not report.failures
     assert [row["who"] for row in report.rows] == ["tandem torch", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes", "native"),
+    [
+        (norm, [f"12x48-{kind}" for kind in norm.KINDS], []),
+        (rotary, [f"12x256-{kind}" for kind in rotary.KINDS], ["halves"]),
+        (activation, [f"12x48-{kind}" for kind in activation.KINDS], ["gelu", "gelu_new"]),
+        (cross_entropy, [f"12x50-{kind}" for kind in cross_entropy.KINDS], []),
+        (linear_cross_entropy, ["12x16x50"], []),
+    ],
+)
+def test_an_operation_is_measured_in_all_its_kinds_and_modes(operation, shapes: list[str], native: list[str]) -> None:
+    report = operation.run(options(shapes=shapes))
+    assert not report.failures
+    assert list(dict.fromkeys(row["shape"] for row in report.rows)) == shapes
+    assert all(row["ms"] and row["error"] < 1e-5 for row in report.rows)
+    modes = {"forward", "both"} if operation is linear_cross_entropy else {"forward", "backward"}
+    assert {row["mode"] for row in report.rows} == modes
+    assert {row["who"] for row in report.rows} >= {"tandem torch", "eager"}
+    kinds = {str(row["shape"]).split("-")[-1] for row in report.rows if row["who"] == "tandem native"}
+    assert kinds == set(native)
+
+
+def test_the_bytes_of_an_operation_are_what_it_cannot_help_moving() -> None:
+    def moved(operation, shape: str) -> tuple[float, float]:
+        (report,) = [operation.run(options(shapes=[shape], against=[]))]
+        return tuple(next(row["bytes"] for row in report.rows if row["mode"] == m) for m in ("forward", "backward"))  # type: ignore[return-value]
+
+    one = 12 * 256 * 4
+    assert moved(norm, "12x256-rms_norm") == (2 * one, 3 * one)
+    assert moved(norm, "12x256-layer_norm_add") == (4 * one, 4 * one)
+    assert moved(rotary, "12x256-halves") == (2 * one + 2 * 12 * 64 * 4,) * 2
+    assert moved(activation, "12x256-silu") == (3 * one, 5 * one)
+    assert moved(cross_entropy, "12x256-plain") == (one, 2 * one)
+
+
+def test_rows_fill_more_than_a_cache() -> None:
+    shapes = rows.shapes([], ["a", "b"], "widths")
+    assert [(shape.width, shape.kind) for shape in shapes] == [(w, kind) for kind in "ab" for w in rows.WIDTHS]
+    assert all(shape.rows * shape.width * 4 >= 32 << 20 for shape in shapes)
+    assert rows.shapes(["8x16", "b"], ["a", "b"], "widths", [5], rows=3) == [
+        rows.Rows(8, 16, "a"), rows.Rows(8, 16, "b"), rows.Rows(3, 5, "b"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", [norm, rotary, activation, cross_entropy, linear_cross_entropy])
+@pytest.mark.parametrize("shape", ["widest", "0x5", "5x", "5x5-nothing", "5x5x5x5"])
+def test_shapes_that_are_none_are_refused(operation, shape: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown shape {shape!r}: choose from"):
+        operation.run(options(shapes=[shape]))
+
+
+def test_a_rotary_width_is_whole_heads() -> None:
+    with pytest.raises(ValueError, match="100"):
+        rotary.run(options(shapes=["4x100"]))
 
 
 def test_the_work_of_attention_is_counted_as_papers_count_it() -> None:
@@ -93,109 +141,6 @@ def test_peers_that_write_all_scores_are_left_out_where_memory_is_short(monkeypa
         "eager": True,
     }
     assert not report.failures
-
-
-def test_the_limit_is_what_takes_longer() -> None:
-    assert LIMITS.least_seconds(1e11, 1e9, torch.float32) == (1.0, "product")
-    assert LIMITS.least_seconds(1e9, 1e10, torch.bfloat16) == (1.0, "copy")
-    assert LIMITS.cells() == {"fp32 product GFLOP/s": 100.0, "copy GB/s": 10.0, "read GB/s": 20.0}
-
-
-def test_ceilings_are_measured() -> None:
-    assert 1e8 < ceilings.product(CPU, torch.float32, 64) < 1e14
-    assert 1e7 < ceilings.copy(CPU, 1 << 20) < 1e13
-    assert 1e7 < ceilings.read(1 << 20) < 1e13
-
-
-def doubling(**contenders: object) -> Problem:
-    """A problem whose right answer is twice its input."""
-    made = {name: Contender(function) for name, function in contenders.items()}  # type: ignore[arg-type]
-    x = torch.linspace(-1, 1, 64).requires_grad_()
-    named = {name.replace("_", " "): contender for name, contender in made.items()}
-    return Problem(torch.float32, (x,), lambda x: 2 * x, named, Work(1, 2), Work(1, 2))
-
-
-def rows_of(problem: Problem, mode: str = "forward") -> Report:
-    label = Shape(1, 1, 1, 1, 1)
-    return measure.measure("doubling", [label], lambda *_: problem, options(modes=[mode]), rate="B")
-
-
-def refuse(x: Tensor) -> Tensor:
-    raise NotImplementedError("not for this shape. Ask again later")
-
-
-def test_a_peer_that_raises_has_a_row_with_its_reason_and_stops_nothing() -> None:
-    report = rows_of(doubling(refusing=refuse, tandem_torch=lambda x: x + x))
-    assert [(row["who"], row["ms"] is None, row["note"]) for row in report.rows] == [
-        ("refusing", True, "not for this shape"),
-        ("tandem torch", False, ""),
-    ]
-    assert not report.failures
-
-
-@pytest.mark.parametrize(
-    "wrong", [lambda x: 2.01 * x, lambda x: x * math.nan, lambda x: torch.where(x > 0.99, 3 * x, 2 * x)]
-)
-def test_a_wrong_answer_has_its_error_and_no_time(wrong: object) -> None:
-    report = rows_of(doubling(peer=wrong))
-    (row,) = report.rows
-    assert row["ms"] is None and row["note"] == "wrong" and not float(row["error"] or 0) <= 1e-3
-    assert not report.failures
-
-
-@pytest.mark.parametrize("ours", [lambda x: 3 * x, refuse])
-def test_ours_being_wrong_or_raising_is_a_failure(ours: object) -> None:
-    report = rows_of(doubling(tandem_native=ours, peer=lambda x: x + x))
-    assert len(report.failures) == 1
-    assert "tandem native" in report.failures[0]
-    assert report.rows[1]["ms"] is not None and report.rows[1]["x ours"] is None
-
-
-def test_a_wrong_gradient_is_seen() -> None:
-    report = rows_of(doubling(tandem_native=lambda x: x + x, peer=lambda x: x + x.detach()), mode="backward")
-    assert [row["note"] for row in report.rows] == ["", "wrong"]
-
-
-def test_two_runs_are_compared_row_by_row(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = [tmp_path / name for name in ("a.json", "b.json")]
-    times = [[(2.0, 1.9, 2.1), (5.0, 4.0, 6.0), (3.0, 2.9, 3.1)], [(1.0, 0.9, 1.1), (5.5, 4.5, 6.5), (4.0, 3.9, 4.1)]]
-    for path, run in zip(paths, times, strict=True):
-        report = Report("attention", ("who",), path=path)
-        report.start()
-        for who, (median, low, high) in zip(("faster", "same", "slower"), run, strict=True):
-            report.add({"who": who, "ms": median, "20%": low, "80%": high})
-        report.add({"who": f"only {path.stem}", "ms": 1.0, "20%": 1.0, "80%": 1.0})
-        report.add({"who": "untimed", "ms": None, "20%": None, "80%": None})
-    capsys.readouterr()
-    assert compare.main([str(path) for path in paths]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[4:7]] == [
-        ["faster", "2", "1", "0.5", "faster"],
-        ["same", "5", "5.5", "1.1"],
-        ["slower", "3", "4", "1.33", "slower"],
-    ]
-    assert lines[-1] == "2 of 3 rows changed; 3 are in one file only or have no time in one"
-
-
-def test_runs_of_different_operations_are_not_compared(tmp_path) -> None:
-    for name in ("attention", "norm"):
-        Report(name, path=tmp_path / name).start()
-    with pytest.raises(ValueError, match="measured"):
-        compare.main([str(tmp_path / "attention"), str(tmp_path / "norm")])
-
-
-def test_rows_are_drawn(tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "a.json"
-    attention.run(options(shapes=["1x24x2x16"], json=path))
-    assert plot.main([str(path), str(tmp_path / "a.png")]) == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_missing_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="need matplotlib"):
-        plot.library()
 
 
 def test_shape_parsing_reads_queries_and_keys() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.profile.budget_cases import AMD_CASES, CASES
-from tools.profile.report import Report
+from tools.profile.report import Report, Table
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 ARCHITECTURES = ("sm80", "sm90")
@@ -38,7 +38,8 @@ def run(operation: str | None, update: bool, path: Path | None) -> Report:
         raise ValueError(f"{operation} has no kernels with a budget: choose from {known}")
     if importlib.util.find_spec("triton") is None:
         raise ImportError("--budget needs triton: pip install triton==3.6.0")
-    report = Report("budget", ("case", "kernel", "architecture"), ("registers",) * 3, path=path)
+    table = Table({"case": names, "kernel": ["attention_backward_queries_kernel"]})
+    report = Report("budget", ("case", "kernel", "architecture"), ("registers",) * 3, path=path, table=table)
     report.start()
     recorded = load()
     found: Budgets = {architecture: {} for architecture in ARCHITECTURES}

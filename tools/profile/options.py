@@ -44,11 +44,3 @@ def numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{option} must be positive integers separated by commas, got {text!r}")
     return [int(part) for part in parts]
-
-
-def sizes(text: str, names: str) -> list[int]:
-    """The sizes of a shape such as 16384x4096, of as many as there are names ("rows x width")."""
-    parts = text.split("x")
-    if len(parts) != len(names.split(" x ")) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"a shape of one's own is {names}, all positive integers, got {text!r}")
-    return [int(part) for part in parts]
