@@ -125,11 +125,13 @@ def backward(
     grad_out, q, k, v = map(_rows_contiguous, (grad_out, q, k, v))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     nothing = q.new_empty(0)
-    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    # A key head's gradient is the sum of those that its query heads give.
+    per_head = (*k.shape[:-2], q.shape[-2], k.shape[-1])
+    dk, dv = (torch.empty(per_head, dtype=k.dtype, device=k.device) for _ in "kv")
     if q.numel() == 0 or k.numel() == 0:
         dtable = torch.zeros_like(call.table) if wants_table and call.table is not None else nothing
         dbias = torch.zeros_like(call.bias) if wants_bias and call.bias is not None else nothing
-        return torch.zeros_like(q), dk.zero_(), dv.zero_(), dtable, dbias
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dtable, dbias
     delta = torch.empty_like(lse)
     heads, groups, batch = q.shape[-2], q.shape[-2] // k.shape[-2], _batch(q, call)
     keys, queries = _config("keys", q, call), _config("queries", q, call)
@@ -143,13 +145,15 @@ def backward(
     sum_dtype = torch.float32 if one_pass else q.dtype
     dq = (torch.zeros if one_pass else torch.empty)(q.shape, dtype=sum_dtype, device=q.device)
     blocks = triton.cdiv(call.max_seqlen_k, keys.block_n)
-    attention_backward_keys_kernel[(blocks * batch * (heads // groups),)](
+    attention_backward_keys_kernel[(blocks * batch * heads,)](
         _rows(q), _rows(k), _rows(v), _rows(grad_out), _per_query(lse), _per_query(delta),
         _rows(dq) if one_pass else Rows(None, 0, 0, 0), _rows(dk), _rows(dv),
         *_descriptors(q, grad_out, keys.block_m, keys), *common, _dropout(call), heads, groups,
         blocks, *_dims(q), keys.block_m, keys.block_n, call.causal, _precision(q), keys.stages, keys.near_stages,
         num_warps=keys.warps, num_stages=keys.stages,
     )  # fmt: skip
+    if groups > 1:
+        dk, dv = (x.unflatten(-2, (-1, groups)).sum(-2) for x in (dk, dv))
     if one_pass:
         return dq.to(q.dtype), dk, dv, nothing, nothing
     counts = wants_table and call.window is None and not call.causal

@@ -145,17 +145,19 @@ def attention_backward_keys_kernel(
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys, summed over the query heads that share them; dq too where ``dq`` is given."""
+    """What one head's queries give dk and dv of a block of keys; dq too where it is given.
+
+    Query heads that share keys write apart, to be summed: a loop over them here would keep too much in registers.
+    """
     program = tl.program_id(0)
     block, sequence_head = program % blocks, program // blocks
-    kv_heads = heads // groups
-    batch, kv_head = sequence_head // kv_heads, sequence_head % kv_heads
+    batch, head = sequence_head // heads, sequence_head % heads
     start_q, start_k, length_q, length_k, real_k = locate(lengths, batch)
     first_key = block * BLOCK_N
     if first_key >= length_k:
         return
     offset = length_k - length_q
-    k_rows, v_rows = rows_of(k, batch, start_k, kv_head), rows_of(v, batch, start_k, kv_head)
+    k_rows, v_rows = rows_of(k, batch, start_k, head // groups), rows_of(v, batch, start_k, head // groups)
     k0 = load_tile(k_rows, k.seq, first_key, real_k, BLOCK_N, 0, D0, HEAD_DIM, True)
     v0 = load_tile(v_rows, v.seq, first_key, real_k, BLOCK_N, 0, D0, HEAD_DIM, True)
     dk0, dv0 = tl.zeros((BLOCK_N, D0), tl.float32), tl.zeros((BLOCK_N, D0), tl.float32)
@@ -165,34 +167,32 @@ def attention_backward_keys_kernel(
         dk1, dv1 = tl.zeros((BLOCK_N, D1), tl.float32), tl.zeros((BLOCK_N, D1), tl.float32)
     else:
         k1, v1, dk1, dv1 = 0.0, 0.0, 0.0, 0.0
+    if first_key >= real_k:
+        length_q = 0  # nobody sees these keys
     b0, b1, b2, b3, b4, b5 = query_ranges(first_key, offset, length_q, real_k, scores, BLOCK_M, BLOCK_N, CAUSAL)
     whole, partial = query_runs(b0, b1, b2, b3, b4, b5, CAUSAL or scores.window is not None)
-    bounds = (length_q, real_k)
+    bounds, place = (length_q, real_k), (batch, head, sequence_head)
+    far_left, far_right = far_values(scores, head)
     EXACT: tl.constexpr = lengths.cu_seqlens_q is None
-    # No more than groups turns, and none where there is no real key.
-    for member in tl.range(0, tl.where(first_key < real_k, groups, 0)):
-        head = kv_head * groups + member
-        place = (batch, head, batch * heads + head)
-        far_left, far_right = far_values(scores, head)
-        dq_rows = dq
-        if dq.data is not None:
-            dq_rows = Rows(rows_of(dq, batch, start_q, head), 0, dq.seq, 0)
-        queries = (
-            rows_of(q, batch, start_q, head), rows_of(grad_out, batch, start_q, head), q.seq, grad_out.seq,
-            queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head),
-            q0_tiles, q1_tiles, do0_tiles, do1_tiles, (batch if lengths.cu_seqlens_q is None else 0, start_q, head),
-        )  # fmt: skip
-        dk0, dk1, dv0, dv1 = _walk_queries(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, dq_rows, whole, first_key, offset, bounds, place, scores,
-            dense, dropout, far_right, far_left,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, EXACT, PRECISION, STAGES,
-        )  # fmt: skip
-        dk0, dk1, dv0, dv1 = _walk_queries(
-            dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, dq_rows, partial, first_key, offset, bounds, place, scores,
-            dense, dropout, 0.0, 0.0,
-            D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, EXACT, PRECISION, NEAR_STAGES,
-        )  # fmt: skip
-    dk_rows, dv_rows = rows_of(dk, batch, start_k, kv_head), rows_of(dv, batch, start_k, kv_head)
+    dq_rows = dq
+    if dq.data is not None:
+        dq_rows = Rows(rows_of(dq, batch, start_q, head), 0, dq.seq, 0)
+    queries = (
+        rows_of(q, batch, start_q, head), rows_of(grad_out, batch, start_q, head), q.seq, grad_out.seq,
+        queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head),
+        q0_tiles, q1_tiles, do0_tiles, do1_tiles, (batch if lengths.cu_seqlens_q is None else 0, start_q, head),
+    )  # fmt: skip
+    dk0, dk1, dv0, dv1 = _walk_queries(
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, dq_rows, whole, first_key, offset, bounds, place, scores,
+        dense, dropout, far_right, far_left,
+        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, EXACT, PRECISION, STAGES,
+    )  # fmt: skip
+    dk0, dk1, dv0, dv1 = _walk_queries(
+        dk0, dk1, dv0, dv1, k0, k1, v0, v1, queries, dq_rows, partial, first_key, offset, bounds, place, scores,
+        dense, dropout, 0.0, 0.0,
+        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, EXACT, PRECISION, NEAR_STAGES,
+    )  # fmt: skip
+    dk_rows, dv_rows = rows_of(dk, batch, start_k, head), rows_of(dv, batch, start_k, head)
     store_tile(dk_rows, dk.seq, first_key, length_k, dk0 * scores.scale, BLOCK_N, 0, D0, HEAD_DIM)
     store_tile(dv_rows, dv.seq, first_key, length_k, dv0, BLOCK_N, 0, D0, HEAD_DIM)
     if D1 > 0:
