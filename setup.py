@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=PACKAGES,
-    package_data={"kernels": ["_C.pyi"]},
+    package_data={"kernels": ["_C.pyi"], "kernels.gpu": ["*.json"], "tools.profile": ["*.json"]},
     ext_modules=[Extension("kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,8 +1,9 @@
 """The one place that picks which implementation of an operation runs.
 
 Every compiled operation names the backends that serve a call, best first; ``choose`` returns the one to
-use. An argument wins over the environment variable ``TANDEM_BACKEND``, which wins over the default. What is
-asked for and missing is an error.
+use. An argument wins over the environment variable ``TANDEM_BACKEND``, which is read once and wins over the
+default. What is asked for and missing is an error; but the variable speaks to a whole process, so it passes over an
+operation that never has its backend, such as the norms, which have no C++.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 BACKENDS = ("triton", "native", "torch", "reference")
 ENVIRONMENT_VARIABLE = "TANDEM_BACKEND"
 
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CUDA_CAPABILITY = (8, 0)  # what the Triton kernels are written and compiled for
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ def _triton_device() -> str | None:
 
 
 TRITON_DEVICE = _triton_device()  # "cpu": interpreted, for tests
+PROCESS_CHOICE = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
 def available(device: torch.device, *, triton: bool = False, native: bool = False) -> tuple[str, ...]:
@@ -44,12 +47,23 @@ def available(device: torch.device, *, triton: bool = False, native: bool = Fals
     return (*names, "triton") if device.type == "cpu" else ("triton", *names)
 
 
-def choose(operation: str, available: Sequence[str], requested: str | None = None) -> str:
+def triton_serves(*tensors: Tensor | None) -> bool:
+    """Whether Triton kernels, which compute in float32, take all of these tensors in this process."""
+    if TRITON_DEVICE is None:
+        return False
+    return all(x is None or (x.device.type == TRITON_DEVICE and x.dtype in TRITON_DTYPES) for x in tensors)
+
+
+def choose(
+    operation: str, available: Sequence[str], requested: str | None = None, *, has: Sequence[str] = BACKENDS
+) -> str:
     """Returns the backend of ``operation``: ``requested``, else the environment's, else ``available[0]``.
 
-    Raises ValueError for a name that is no backend, or that this operation does not have.
+    ``available`` are the backends that serve this call, ``has`` those that serve any call of the operation: the
+    environment's choice of another does not concern it.
+    Raises ValueError for a name that is no backend, or that is asked for and not available.
     """
-    name = requested or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    name = requested or (PROCESS_CHOICE if PROCESS_CHOICE in has or PROCESS_CHOICE not in BACKENDS else "auto")
     # A traced graph has no room for a cache or a log line, and is traced once anyway.
     pick = _pick if torch.compiler.is_compiling() else _pick_once
     return pick(operation, tuple(available), name)

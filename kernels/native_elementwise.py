@@ -10,14 +10,12 @@ from torch import Tensor
 from kernels.extension import _C
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the C++ takes this tensor. torch.compile and autocast have plans of their own."""
-    return (
-        x.dtype is torch.float32
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
+def serves(*tensors: Tensor) -> bool:
+    """Whether the C++ takes these tensors. torch.compile and autocast have plans of their own."""
+    for x in tensors:
+        if x.dtype is not torch.float32 or not x.is_cpu:
+            return False
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 def gelu(x: Tensor, tanh: bool) -> Tensor:

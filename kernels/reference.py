@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from kernels.attention_options import ScoreOptions
 
 if TYPE_CHECKING:
+    from kernels.chunked_loss import LossOptions
     from kernels.sampling import SamplingBatch
 
 
@@ -121,11 +123,73 @@ def paged_attention(
     return out
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: see ``kernels.rotary.rotate``. cos and sin may be anything that broadcasts to half of x."""
-    first, second = x.chunk(2, dim=-1)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ``kernels.norm.rms_norm``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(weight.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """See ``kernels.norm.layer_norm``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = (wide - wide.mean(-1, keepdim=True)) * (wide.var(-1, correction=0, keepdim=True) + eps).rsqrt() * weight
+    return (out if bias is None else out + bias).to(weight.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """See ``kernels.rotary.rotate``. cos and sin may be anything that broadcasts to half of what is rotated."""
+    rotated = 2 * cos.shape[-1]
+    if rotated < x.shape[-1]:
+        turned = rotate(x[..., :rotated], cos, sin, interleaved=interleaved)
+        return torch.cat((turned, x[..., rotated:]), dim=-1)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """See ``kernels.activation.gelu``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * 0.5 * (1 + torch.erf(wide * 2**-0.5))).to(x.dtype)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """See ``kernels.activation.gelu_new``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (wide + 0.044715 * wide**3)))).to(x.dtype)
+
+
+def glu(x: Tensor, activation: str) -> Tensor:
+    """See ``kernels.activation.glu``."""
+    gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    functions = {"relu": torch.relu, "silu": lambda x: x * torch.sigmoid(x), "gelu": gelu, "gelu_new": gelu_new}
+    return (functions[activation](gate) * up).to(x.dtype)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, ignore_index: int) -> Tensor:
+    """The summed loss of logits (rows, vocab): see ``kernels.cross_entropy.cross_entropy``."""
+    ignored = labels == ignore_index
+    labels = labels.masked_fill(ignored, 0)
+    # Zeros for what is ignored: no gradient passes, not even of what is no number.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(ignored[:, None], 0.0)
+    surprise = -logits.log_softmax(-1)
+    loss = (1 - label_smoothing) * surprise.gather(-1, labels[:, None])[:, 0]
+    if label_smoothing:
+        loss = loss + label_smoothing * surprise.mean(-1)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square()
+    return loss.masked_fill(ignored, 0.0).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions
+) -> Tensor:
+    """The same of hidden (rows, dim) before its head: see ``kernels.linear_cross_entropy.linear_cross_entropy``."""
+    logits = linear(hidden * options.scale, weight, bias)
+    if options.softcap:
+        logits = options.softcap * (logits / options.softcap).tanh()
+    return cross_entropy(logits, labels, options.label_smoothing, options.z_loss, options.ignore_index)
 
 
 def sampling_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv:2104.09864): one pass in the C++ of csrc/elementwise.h for float32 on a CPU."""
+"""Rotary positions (arXiv:2104.09864): one pass on a GPU by Triton, and for float32 on a CPU by csrc/elementwise.h."""
 
 from __future__ import annotations
 
@@ -9,28 +9,64 @@ from torch import Tensor
 
 from kernels import native_elementwise as native
 from kernels import reference
+from kernels.backend import TRITON_DEVICE, available, choose, triton_serves
+
+if TRITON_DEVICE is not None:
+    from kernels.gpu import rotary as gpu_rotary
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (..., seqlen, heads, head_dim): element i of the first half pairs with element i of the second.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str | None = None) -> Tensor:
+    """Rotates x (..., seqlen, heads, head_dim) by the tokens' angles, in pairs of elements, into a tensor of its own.
 
-    cos and sin are (seqlen, 1, head_dim / 2), of the tokens' angles and the same for every sequence; for packed x
-    (tokens, heads, head_dim) they are (tokens, 1, head_dim / 2). They get no gradient. Where they are narrower, so is
-    what is rotated: the rest of each head stays as it is.
+    Args:
+        x: padded as above or packed (tokens, heads, head_dim); a view with any strides.
+        cos, sin: float32 (seqlen, 1, rotated / 2), or (batch, seqlen, 1, rotated / 2) where sequences differ, or packed
+            (tokens, 1, rotated / 2), without gradient. The rest of a head wider than ``rotated`` stays as it is.
+        interleaved: elements 2i and 2i + 1 pair (GPT-J); else element i of the first half of what is rotated pairs
+            with element i of the second.
+        backend: ``triton`` (half precision and float32 on a GPU, gradients once), ``native`` (C++; float32 on a CPU,
+            halves, the same angles for every sequence, gradients once), ``torch`` or ``reference``; chosen by
+            ``kernels.backend`` unless given.
+
+    Raises ValueError for a backend that is missing.
     """
-    rotated = 2 * cos.shape[-1]
-    if rotated < x.shape[-1]:
-        return torch.cat((rotate(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
-    if not (native.serves(x) and native.serves(cos) and native.serves(sin) and _fits(x, cos)):
-        return reference.rotate(x, cos, sin)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, cos, sin)
-    return native.rotate(x, cos, sin, back=False)
+    name = choose("rotate", _available(x, cos, sin, interleaved), backend)
+    if name == "triton":
+        return gpu_rotary.Rotate.apply(x, cos, sin, interleaved)
+    if name == "native":
+        return _native(x, cos, sin)
+    return reference.rotate(x, cos, sin, interleaved=interleaved)
+
+
+def _available(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[str, ...]:
+    on_gpu = triton_serves(x, cos, sin) and _fits_triton(x, cos, sin)
+    on_cpu = not interleaved and native.serves(x, cos, sin) and _fits(x, cos)
+    return available(x.device, triton=on_gpu, native=on_cpu)
+
+
+def _fits_triton(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return (
+        x.dim() in (3, 4)
+        and cos.dtype == sin.dtype == torch.float32
+        and cos.shape == sin.shape
+        and cos.shape[-2:-1] == (1,)
+        and 0 < 2 * cos.shape[-1] <= x.shape[-1]
+        and torch.broadcast_shapes(cos.shape[:-2], x.shape[:-2]) == x.shape[:-2]
+    )
 
 
 def _fits(x: Tensor, cos: Tensor) -> bool:
     """Positions that differ from sequence to sequence of a padded batch are left to the formula."""
-    return x.dim() in (3, 4) and cos.shape == (x.shape[-3], 1, x.shape[-1] // 2)
+    return x.dim() in (3, 4) and cos.shape[:-1] == (x.shape[-3], 1)
+
+
+def _native(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = 2 * cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat((_native(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, cos, sin)
+    return native.rotate(x, cos, sin, back=False)
 
 
 class _Rotate(torch.autograd.Function):

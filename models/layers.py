@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.activation import gelu, gelu_new
+from kernels.activation import Gate, gelu, gelu_new, glu
 from kernels.attention import attention
 from kernels.attention_options import AttentionOptions
 from kernels.linear import linear
+from kernels.norm import layer_norm, rms_norm
 from kernels.rotary import rotate
 from models.cache import Cache, Lengths
 from models.config import TransformerConfig
 from models.positions import Positional, RelativePositions
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": gelu,
-    "gelu_new": gelu_new,
-    "silu": F.silu,
-    "reglu": F.relu,
-    "geglu": gelu,
-    "geglu_new": gelu_new,
-    "swiglu": F.silu,
-}
+Branch = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Branch] = {"relu": F.relu, "gelu": gelu, "gelu_new": gelu_new, "silu": F.silu}
+GATES: dict[str, Gate] = {"reglu": "relu", "geglu": "gelu", "geglu_new": "gelu_new", "swiglu": "silu"}
 
 
 class Linear(nn.Linear):
@@ -42,17 +38,25 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm; what comes in as float32 to a smaller model leaves in the model's dtype."""
+    """torch's RMSNorm over our kernel; what comes in as float32 to a smaller model leaves in the model's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        wide = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(self.weight.dtype)
+    eps: float
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of x; given a residual, that of x + residual, and that sum."""
+        return rms_norm(x, self.weight, self.eps, residual=residual)
 
 
-def make_norm(config: TransformerConfig) -> nn.Module:
-    kind = nn.LayerNorm if config.norm == "layernorm" else RMSNorm
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm over our kernel."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of x; given a residual, that of x + residual, and that sum."""
+        return layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+
+
+def make_norm(config: TransformerConfig) -> RMSNorm | LayerNorm:
+    kind = LayerNorm if config.norm == "layernorm" else RMSNorm
     return kind(config.dim, eps=config.norm_eps)
 
 
@@ -62,10 +66,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         assert config.ffn_dim is not None and config.ffn_bias is not None
-        self.activation = ACTIVATIONS[config.activation]
-        self.gated = config.gated
+        self.activation = config.activation
         # gate and up are one product: their rows are stacked, gate first.
-        self.up = Linear(config.dim, config.ffn_dim * (2 if self.gated else 1), bias=config.ffn_bias)
+        self.up = Linear(config.dim, config.ffn_dim * (2 if config.gated else 1), bias=config.ffn_bias)
         self.down = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,10 +76,9 @@ class FeedForward(nn.Module):
         if self.down.weight.dtype != self.up.weight.dtype:
             # The second layer of a float16 model may be float32: then so is all that could overflow before it.
             hidden = hidden.to(self.down.weight.dtype)
-        if self.gated:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            return self.down(self.activation(gate) * hidden)
-        return self.down(self.activation(hidden))
+        if self.activation in GATES:
+            return self.down(glu(hidden, GATES[self.activation]))
+        return self.down(ACTIVATIONS[self.activation](hidden))
 
 
 class Attention(nn.Module):
@@ -228,21 +230,30 @@ class Block(nn.Module):
 
         if self.parallel:
             return self._parallel_branches(x, attend)
-        x = self._residual(x, "attention", attend)
+        branches: list[tuple[str, Branch]] = [("attention", attend), ("ffn", self.ffn)]
         if self.cross_attention is not None:
-            x = self._residual(x, "cross_attention", attend_to_source)
-        return self._residual(x, "ffn", self.ffn)
+            branches.insert(1, ("cross_attention", attend_to_source))
+        return self._norm_after(x, branches) if self.place == "post" else self._norm_before(x, branches)
 
-    def _residual(self, x: Tensor, name: str, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        norm = getattr(self, f"{name}_norm")
-        if self.place == "post":
-            return norm(x + self.dropout(branch(x)))
-        y = branch(norm(x))
-        if self.place == "sandwich":
-            y = getattr(self, f"{name}_post_norm")(y)
-        return x + self.dropout(y)
+    def _norm_after(self, x: Tensor, branches: list[tuple[str, Branch]]) -> Tensor:
+        for name, branch in branches:
+            x, _ = getattr(self, f"{name}_norm")(self.dropout(branch(x)), x)
+        return x
 
-    def _parallel_branches(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    def _norm_before(self, x: Tensor, branches: list[tuple[str, Branch]]) -> Tensor:
+        """One call adds a branch's update to x and norms the sum for the next branch."""
+        update: Tensor | None = None
+        for name, branch in branches:
+            norm = getattr(self, f"{name}_norm")
+            normed, x = (norm(x), x) if update is None else norm(update, x)
+            y = branch(normed)
+            if self.place == "sandwich":
+                y = getattr(self, f"{name}_post_norm")(y)
+            update = self.dropout(y)
+        assert update is not None
+        return x + update
+
+    def _parallel_branches(self, x: Tensor, attend: Branch) -> Tensor:
         y = self.attention_norm(x)
         z = y if self.ffn_norm is None else self.ffn_norm(x)
         return x + self.dropout(attend(y)) + self.dropout(self.ffn(z))

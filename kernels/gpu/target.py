@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by triton when a kernel is decorated, so fixed from then on
@@ -19,3 +20,14 @@ def architecture() -> str:
         return "interpreter"
     arch = triton.runtime.driver.active.get_current_target().arch
     return f"sm{arch}" if isinstance(arch, int) else str(arch)
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """How many the GPU has: what a kernel whose programs share out the rows launches a multiple of.
+
+    A constant without a GPU: small where kernels are interpreted, an H100's where they are only compiled.
+    """
+    if INTERPRETED:
+        return 2
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132

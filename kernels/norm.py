@@ -1,0 +1,109 @@
+"""RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450), on their own or after a residual addition."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.backend import TRITON_DEVICE, available, choose, triton_serves
+
+if TRITON_DEVICE is not None:
+    from kernels.gpu import norm as gpu_norm
+
+BACKENDS = ("triton", "torch", "reference")
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: None = None, backend: str | None = None) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x / sqrt(mean of x^2 + eps) * weight over the last dimension, in weight's dtype, from float32 statistics.
+
+    Args:
+        x: (..., width), any floating dtype. weight: (width,).
+        residual: x's shape; then x + residual is what is normed, and is returned as well, in the dtype that torch
+            gives the sum: (norm, sum), both with gradients.
+        backend: ``triton`` (half precision and float32 on a GPU, gradients once), ``torch`` or ``reference``;
+            chosen by ``kernels.backend`` unless given.
+
+    Raises ValueError for a backend that is missing, and ValueError or torch's RuntimeError when shapes do not fit.
+    """
+    name = choose("rms_norm", _available(x, weight, None, residual), backend, has=BACKENDS)
+    if name == "triton":
+        _check(x, weight, None, residual)
+        return gpu_norm.Norm.apply(x, residual, weight, None, eps, False)
+    norm = reference.rms_norm if name == "reference" else _rms_norm
+    if residual is None:
+        return norm(x, weight, eps)
+    total = x + residual
+    return norm(total, weight, eps), total
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, residual: None = None, backend: str | None = None
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, residual: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]: ...
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension: see ``rms_norm``.
+
+    bias is (width,) or None. Where x's dtype is not weight's, torch on a CPU goes its own way: it takes bfloat16 x
+    with float32 weight, and returns bfloat16.
+    """
+    name = choose("layer_norm", _available(x, weight, bias, residual), backend, has=BACKENDS)
+    if name == "triton":
+        _check(x, weight, bias, residual)
+        return gpu_norm.Norm.apply(x, residual, weight, bias, eps, True)
+    norm = reference.layer_norm if name == "reference" else _layer_norm
+    if residual is None:
+        return norm(x, weight, bias, eps)
+    total = x + residual
+    return norm(total, weight, bias, eps), total
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
+        given = [tuple(parameter.shape) for parameter in (weight, bias) if parameter is not None]
+        raise ValueError(f"the parameters of a norm over {tuple(x.shape)} must be ({x.shape[-1]},), got {given}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
+def _available(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[str, ...]:
+    # The sum's dtype must be that of one of its terms, and bias goes with weight.
+    fits = TRITON_DEVICE is not None and (
+        triton_serves(x, weight, bias, residual)
+        and (bias is None or bias.dtype == weight.dtype)
+        and (residual is None or torch.promote_types(x.dtype, residual.dtype) in (x.dtype, residual.dtype))
+    )
+    return available(x.device, triton=fits)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == weight.dtype:
+        return torch.rms_norm(x, weight.shape, weight, eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return torch.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.layer_norm(x, weight.shape, weight, bias, eps)
