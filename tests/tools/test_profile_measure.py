@@ -102,11 +102,16 @@ class FakeEvent:
         return (other.time - self.time) * 1e3
 
 
-def test_a_gpus_time_is_between_its_events_after_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpu_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr(timing.torch, "empty", lambda size, dtype, device: empty(1024, dtype=dtype))
+    monkeypatch.setattr(timing.torch, "empty", lambda size, dtype, device: empty(1 << 20, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.usefixtures("gpu_of_the_host")
+def test_a_gpus_time_is_between_its_events_after_a_flush() -> None:
     samples = timing.interleaved(
         {"fast": lambda: None, "slow": lambda: time.sleep(0.002)}, seconds=0.01, device=torch.device("cuda")
     )
@@ -114,13 +119,16 @@ def test_a_gpus_time_is_between_its_events_after_a_flush(monkeypatch: pytest.Mon
     assert samples["fast"].chunks == samples["slow"].chunks >= 9
 
 
-def test_a_call_that_is_slow_to_queue_gets_more_flushes_to_hide_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(timing.torch, "empty", lambda size, dtype, device: empty(1 << 20, dtype=dtype))
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert timing.CudaSampler(lambda: None).flushes == 1
-    assert timing.CudaSampler(lambda: time.sleep(0.01)).flushes > 2
+@pytest.mark.usefixtures("gpu_of_the_host")
+def test_a_call_that_is_slow_to_queue_gets_flushes_to_hide_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = timing.CudaClock()
+    asked: list[int] = []
+    monkeypatch.setattr(clock, "_seconds", lambda flushes, function: asked.append(flushes) or 1e-3)
+    for function in (lambda: None, lambda: time.sleep(0.01)):
+        clock.sampler(function)()
+    assert asked[0] == asked[2] == 0  # of the flush itself
+    assert asked[1] == 1
+    assert 15 <= asked[3] < 100
 
 
 def test_what_kernels_take_is_the_worst_of_those_launched(monkeypatch: pytest.MonkeyPatch) -> None:

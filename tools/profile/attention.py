@@ -115,13 +115,14 @@ def dense_bias(shape: Shape, distance_bias: Tensor, masked: bool) -> Tensor:
     """What is added to the scores: (1, heads, seqlen_q, seqlen_k), -inf where a causal mask hides.
 
     Every query's row is a window of one line over all distances, whose gradient is quick to sum, as that of looking
-    each element up is not.
+    each element up is not; it is summed in float32.
     """
     distance = torch.arange(1 - shape.seqlen_k, shape.seqlen_q, device=distance_bias.device)
-    line = distance_bias.index_select(1, distance.clamp(-MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE)
+    wide = distance_bias.to(torch.promote_types(distance_bias.dtype, torch.float32))
+    line = wide.index_select(1, distance.clamp(-MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE)
     if masked:
         line = line.masked_fill(distance > 0, -math.inf)
-    return line.unfold(1, shape.seqlen_k, 1).flip(1)[None]
+    return line.unfold(1, shape.seqlen_k, 1).flip(1)[None].to(distance_bias.dtype)
 
 
 def writes_scores(shape: Shape, q: Tensor, *others: Tensor) -> tuple[Any, ...]:

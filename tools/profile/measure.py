@@ -141,14 +141,16 @@ class _Group:
 
 
 def expected_results(problem: Problem, mode: str) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Upstream gradients, and what the reference gives in float32, or in float64 where float32 is what is measured."""
+    """Upstream gradients, which the dtype measured can hold, and what the reference gives in a higher precision."""
     precision = torch.float64 if problem.dtype is torch.float32 else torch.float32
     inputs = tuple(
         x.detach().to(precision).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in problem.inputs
     )
     with torch.set_grad_enabled(mode != "forward"):
         outputs = as_tuple(problem.reference(*inputs))
-    upstream = tuple(torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in outputs)
+    upstream = tuple(
+        torch.randn_like(x).to(problem.dtype).to(precision) if x.dim() else x.new_ones(()) for x in outputs
+    )
     expected = [] if mode == "backward" else list(outputs)
     if mode != "forward":
         expected += torch.autograd.grad(outputs, _differentiable(inputs), upstream)
