@@ -22,6 +22,7 @@ from kernels.gpu.attention_scores import DenseBias, Dropout, Lengths, PerQuery, 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+DELTA_BLOCK = 64
 
 
 class Call(NamedTuple):
@@ -48,16 +49,6 @@ SCHEMA = (
     "Tensor? seed, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, SymInt? window, float softcap, "
     "float dropout_p"
 )
-
-
-def serves(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> bool:
-    """Whether the kernels take these tensors."""
-    return (
-        q.dtype == k.dtype == v.dtype
-        and q.dtype in DTYPES
-        and 0 < q.shape[-1] <= MAX_HEAD_DIM
-        and (softmax_scale is None or softmax_scale > 0)
-    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, deterministic: bool) -> tuple[Tensor, Tensor]:
@@ -99,20 +90,18 @@ class _Attention(torch.autograd.Function):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel: see ``attention``."""
     call = Call(*options)
     out, lse = _outputs(q, call)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = map(_rows_contiguous, (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
     config = _config("forward", q, call)
-    heads, groups = q.shape[-2], q.shape[-2] // k.shape[-2]
-    blocks = triton.cdiv(call.max_seqlen_q, config.block_m)
-    attention_forward_kernel[(blocks * _batch(q, call) * heads,)](
+    q, k, v = (_readable(x, config) for x in (q, k, v))
+    programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
+    attention_forward_kernel[(programs,)](
         _rows(q), _rows(k), _rows(v), _rows(out), _per_query(lse), *_descriptors(k, v, config.block_n, config),
-        _lengths(call), _scores(call),
-        _dense(call.bias, q, call), _dropout(call), heads, groups, blocks, *_dims(q), config.block_m, config.block_n,
-        call.causal, _precision(q), config.stages, config.near_stages,
-        num_warps=config.warps, num_stages=config.stages,
+        _lengths(call), _scores(call), _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
+        *_loop(q, call, config), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, lse
 
@@ -120,76 +109,118 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the table and the dense bias; what is not wanted is an empty tensor."""
     *given, deterministic, wants_table, wants_bias = options
-    call = Call(*given)
-    grad_out, q, k, v = map(_rows_contiguous, (grad_out, q, k, v))
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    nothing = q.new_empty(0)
-    # A key head's gradient is the sum of those that its query heads give.
-    per_head = (*k.shape[:-2], q.shape[-2], k.shape[-1])
-    dk, dv = (torch.empty(per_head, dtype=k.dtype, device=k.device) for _ in "kv")
+    call, nothing = Call(*given), q.new_empty(0)
     if q.numel() == 0 or k.numel() == 0:
-        dtable = torch.zeros_like(call.table) if wants_table and call.table is not None else nothing
-        dbias = torch.zeros_like(call.bias) if wants_bias and call.bias is not None else nothing
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dtable, dbias
-    delta = torch.empty_like(lse)
-    heads, groups, batch = q.shape[-2], q.shape[-2] // k.shape[-2], _batch(q, call)
+        return _nothing_to_do(q, k, v, call, wants_table, wants_bias)
     keys, queries = _config("keys", q, call), _config("queries", q, call)
+    q, grad_out = (_readable(x, keys) for x in (q, grad_out))
+    k, v = (_readable(x, queries) for x in (k, v))
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    gradient = Gradient(grad_out, grad_lse, lse, _delta(grad_out, grad_lse, out, lse, call))
     one_pass = keys.one_pass and not (deterministic or wants_table or wants_bias)
-    common = (_lengths(call), _scores(call), _dense(call.bias, q, call))
-    blocks = triton.cdiv(call.max_seqlen_q, 64)
-    attention_delta_kernel[(blocks * batch * heads,)](
-        _rows(out), _rows(grad_out), _per_query(lse), None if grad_lse is None else _per_query(grad_lse),
-        _per_query(delta), _lengths(call), heads, blocks, *_dims(q), 64,
-    )  # fmt: skip
-    sum_dtype = torch.float32 if one_pass else q.dtype
-    dq = (torch.zeros if one_pass else torch.empty)(q.shape, dtype=sum_dtype, device=q.device)
-    blocks = triton.cdiv(call.max_seqlen_k, keys.block_n)
-    attention_backward_keys_kernel[(blocks * batch * heads,)](
-        _rows(q), _rows(k), _rows(v), _rows(grad_out), _per_query(lse), _per_query(delta),
-        _rows(dq) if one_pass else Rows(None, 0, 0, 0), _rows(dk), _rows(dv),
-        *_descriptors(q, grad_out, keys.block_m, keys), *common, _dropout(call), heads, groups,
-        blocks, *_dims(q), keys.block_m, keys.block_n, call.causal, _precision(q), keys.stages, keys.near_stages,
-        num_warps=keys.warps, num_stages=keys.stages,
-    )  # fmt: skip
-    if groups > 1:
-        dk, dv = (x.unflatten(-2, (-1, groups)).sum(-2) for x in (dk, dv))
     if one_pass:
+        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        dk, dv = _key_gradients(q, k, v, gradient, call, keys, dq)
         return dq.to(q.dtype), dk, dv, nothing, nothing
+    dk, dv = _key_gradients(q, k, v, gradient, call, keys, None)
+    dbias = torch.zeros(*q.shape[:1], q.shape[2], q.shape[1], k.shape[1], device=q.device) if wants_bias else None
     counts = wants_table and call.window is None and not call.causal
     far_sums = torch.empty_like(lse) if counts else None
-    full = torch.zeros(batch, heads, q.shape[1], k.shape[1], device=q.device) if wants_bias else None
-    blocks = triton.cdiv(call.max_seqlen_q, queries.block_m)
-    attention_backward_queries_kernel[(blocks * batch * heads,)](
-        _rows(q), _rows(k), _rows(v), _rows(grad_out), _per_query(lse), _per_query(delta), _rows(dq),
-        _per_query(far_sums), *_descriptors(k, v, queries.block_n, queries), *common, _dense(full, q, call), _dropout(call), heads, groups, blocks, *_dims(q),
-        queries.block_m, queries.block_n, call.causal, _precision(q), queries.stages, queries.near_stages,
-        num_warps=queries.warps, num_stages=queries.stages,
+    dq = _query_gradient(q, k, v, gradient, call, queries, far_sums, dbias)
+    dtable = _table_gradient(q, k, v, gradient, call, queries, far_sums) if wants_table else nothing
+    if dbias is None or call.bias is None:
+        return dq, dk, dv, dtable, nothing
+    return dq, dk, dv, dtable, dbias.sum_to_size(call.bias.shape).to(call.bias.dtype)
+
+
+class Gradient(NamedTuple):
+    """What comes from above, and what it is held against."""
+
+    out: Tensor
+    lse: Tensor | None
+    saved_lse: Tensor
+    delta: Tensor
+
+    def pointers(self) -> tuple[Rows, PerQuery, PerQuery]:
+        return _rows(self.out), _per_query(self.saved_lse), _per_query(self.delta)
+
+
+def _nothing_to_do(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, wants_table: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def zeros(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+
+    return (
+        zeros(q),
+        zeros(k),
+        zeros(v),
+        zeros(call.table if wants_table else None),
+        zeros(call.bias if wants_bias else None),
+    )
+
+
+def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: Call) -> Tensor:
+    delta = torch.empty_like(lse)
+    programs, blocks = _grid(out, call, call.max_seqlen_q, DELTA_BLOCK)
+    attention_delta_kernel[(programs,)](
+        _rows(out), _rows(grad_out), _per_query(lse), _per_query(grad_lse), _per_query(delta), _lengths(call),
+        out.shape[-2], blocks, *_dims(out), DELTA_BLOCK,
     )  # fmt: skip
-    dtable = nothing
-    if wants_table:
-        dtable = _table_gradient(q, k, v, grad_out, grad_lse, lse, delta, far_sums, call, queries)
-    dbias = nothing
-    if full is not None and call.bias is not None:
-        dbias = full.sum_to_size(call.bias.shape).to(call.bias.dtype)
-    return dq, dk, dv, dtable, dbias
+    return delta
+
+
+def _key_gradients(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Gradient, call: Call, config: Config, dq: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dk and dv; and dq, added to float32 zeros, where it is given."""
+    # A key head's gradient is the sum of those that its query heads give.
+    shape = (*k.shape[:-2], q.shape[-2], k.shape[-1])
+    dk, dv = (torch.empty(shape, dtype=k.dtype, device=k.device) for _ in "kv")
+    heads, groups = _heads(q, k)
+    programs, blocks = _grid(q, call, call.max_seqlen_k, config.block_n)
+    attention_backward_keys_kernel[(programs,)](
+        _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), _rows(dk), _rows(dv),
+        *_descriptors(q, gradient.out, config.block_m, config), _lengths(call), _scores(call),
+        _dense(call.bias, q, call), _dropout(call), heads, groups, blocks, *_dims(q), *_loop(q, call, config),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if groups == 1:
+        return dk, dv
+    return dk.unflatten(-2, (-1, groups)).sum(-2), dv.unflatten(-2, (-1, groups)).sum(-2)
+
+
+def _query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Gradient, call: Call, config: Config, far_sums: Tensor | None,
+    dbias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """dq; and the far sums and the dense bias's gradient into what is given for them."""
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
+    attention_backward_queries_kernel[(programs,)](
+        _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), _per_query(far_sums),
+        *_descriptors(k, v, config.block_n, config), _lengths(call), _scores(call), _dense(call.bias, q, call),
+        _dense(dbias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q), *_loop(q, call, config),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return dq
 
 
 def _table_gradient(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor, delta: Tensor,
-    far_sums: Tensor | None, call: Call, queries: Config,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, gradient: Gradient, call: Call, counted: Config, far_sums: Tensor | None
+) -> Tensor:
+    """The gradient of the relative bias's row of distances, (heads, 2 * reach + 1), float32."""
     assert call.table is not None
     config = _config("bias_gradient", q, call)
-    assert queries.block_m % config.block_m == 0
-    heads, batch = q.shape[-2], _batch(q, call)
-    blocks = triton.cdiv(call.max_seqlen_q, config.block_m)
-    partials = torch.zeros(batch, blocks, *call.table.shape, device=q.device)
-    attention_bias_gradient_kernel[(blocks * batch * heads,)](
-        _rows(q), _rows(k), _rows(v), _rows(grad_out), _per_query(lse), _per_query(delta),
-        None if grad_lse is None else _per_query(grad_lse), _per_query(far_sums), partials, _lengths(call),
-        _scores(call), _dense(call.bias, q, call), _dropout(call), heads, heads // k.shape[-2], blocks, *_dims(q),
-        config.block_m, queries.block_m, queries.block_n, call.causal, _precision(q), config.stages,
+    assert counted.block_m % config.block_m == 0
+    programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
+    partials = torch.zeros(_batch(q, call), blocks, *call.table.shape, device=q.device)
+    attention_bias_gradient_kernel[(programs,)](
+        _rows(q), _rows(k), _rows(v), *gradient.pointers(), _per_query(gradient.lse), _per_query(far_sums), partials,
+        _lengths(call), _scores(call), _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
+        config.block_m, counted.block_m, counted.block_n, call.causal, _precision(q), config.stages,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partials.sum((0, 1))
@@ -222,11 +253,24 @@ def _batch(q: Tensor, call: Call) -> int:
     return q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _grid(q: Tensor, call: Call, longest: int, block: int) -> tuple[int, int]:
+    """Programs in all, one a block of every head, and blocks a sequence."""
+    blocks = triton.cdiv(longest, block)
+    return blocks * _batch(q, call) * q.shape[-2], blocks
 
 
-def _rows(x: Tensor) -> Rows:
+def _heads(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """Query heads, and how many of them share a key head."""
+    return q.shape[-2], q.shape[-2] // k.shape[-2]
+
+
+def _loop(q: Tensor, call: Call, config: Config) -> tuple[Any, ...]:
+    return config.block_m, config.block_n, call.causal, _precision(q), config.stages, config.near_stages
+
+
+def _rows(x: Tensor | None) -> Rows:
+    if x is None:
+        return Rows(None, 0, 0, 0)
     batch = 0 if x.dim() == 3 else x.stride(0)
     return Rows(x, batch, x.stride(-3), x.stride(-2))
 
@@ -247,10 +291,10 @@ def _scores(call: Call) -> Scores:
 
 
 def _descriptors(x: Tensor, y: Tensor, block: int, config: Config) -> tuple[TensorDescriptor | None, ...]:
-    """What the copy engine needs to fetch tiles of x and y in the pieces of ``_dims``; it wants 16-byte strides."""
-    d0, d1, _ = _dims(x)
-    if not 0 < config.descriptors <= x.shape[-3] or not (_is_aligned(x) and _is_aligned(y)):
+    """What the copy engine needs to fetch tiles of x and y in the pieces of ``_dims``."""
+    if not config.descriptors:
         return None, None, None, None
+    d0, d1, _ = _dims(x)
 
     def describe(z: Tensor, width: int) -> TensorDescriptor | None:
         z = z if z.dim() == 4 else z.unsqueeze(0)
@@ -259,9 +303,15 @@ def _descriptors(x: Tensor, y: Tensor, block: int, config: Config) -> tuple[Tens
     return describe(x, d0), describe(x, d1), describe(y, d0), describe(y, d1)
 
 
-def _is_aligned(x: Tensor) -> bool:
-    size = x.element_size()
-    return x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
+def _readable(x: Tensor, config: Config) -> Tensor:
+    """x itself, or a copy where the kernel could not read it: rows are contiguous, and 16-byte for the copy engine."""
+    if x.stride(-1) != 1:
+        return x.contiguous()
+    if config.descriptors:
+        size = x.element_size()
+        aligned = x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 and n > 0 for n in x.stride()[:-1])
+        return x if aligned else x.contiguous()
+    return x
 
 
 def _dense(bias: Tensor | None, q: Tensor, call: Call) -> DenseBias:

@@ -57,7 +57,7 @@ def attention_delta_kernel(
         do = load_tile(do_rows, grad_out.seq, first, length_q, BLOCK_M, D0, D1, HEAD_DIM, True).to(tl.float32)
         total += tl.sum(o * do, 1)
     row = first + tl.arange(0, BLOCK_M)
-    if grad_lse is not None:
+    if grad_lse.data is not None:
         seen = tl.load(queries_of(lse, batch, start_q, head) + row, mask=row < length_q, other=0.0) > float("-inf")
         given = tl.load(queries_of(grad_lse, batch, start_q, head) + row, mask=(row < length_q) & seen, other=0.0)
         total -= given

@@ -99,7 +99,7 @@ def attention_bias_gradient_kernel(
         near, left, right = _finish(unfinished, last - first, partial, reach, near, left, right, BLOCK)
     if scores.window is None:
         total = 0.0
-        if grad_lse is not None:
+        if grad_lse.data is not None:
             given = tl.load(queries_of(grad_lse, batch, start_q, head) + rows, mask=rows < length_q, other=0.0)
             total = tl.sum(tl.where(sums < float("inf"), given, 0.0), 0)
         if far_sums.data is not None:

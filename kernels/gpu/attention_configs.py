@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from kernels.gpu.target import architecture
 
 TABLE = Path(__file__).with_suffix(".json")
 FEATURES = ("bias", "softcap", "dropout")  # those that cost registers; masks and lengths do not
-FALLBACK = {"sm90": "sm80", "sm86": "sm80", "sm89": "sm80", "sm100": "sm90", "sm120": "sm80"}
+FALLBACK = {"sm86": "sm80", "sm89": "sm80", "sm90": "sm80", "sm100": "sm90", "sm103": "sm90", "sm120": "sm80"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Config:
     stages: int
     near_stages: int
     one_pass: bool = False  # for keys: add dq up with atomics unless the call has to be deterministic
-    descriptors: int = 0  # from this many rows on the copy engine fetches what the loop walks over; 0 is never
+    descriptors: bool = False  # the copy engine fetches what the loop walks over
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Entry:
 
 SMALL = Config(64, 32, 4, 1, 1)  # for GPUs that the table does not know
 INTERPRETED = {  # small and unequal, so that tests at small sizes cross many borders
-    "forward": Config(32, 16, 4, 1, 1, descriptors=1),
-    "keys": Config(16, 32, 4, 1, 1, descriptors=1),
-    "queries": Config(32, 16, 4, 1, 1, descriptors=1),
+    "forward": Config(32, 16, 4, 1, 1, descriptors=True),
+    "keys": Config(16, 32, 4, 1, 1, descriptors=True),
+    "queries": Config(32, 16, 4, 1, 1, descriptors=True),
     "bias_gradient": Config(16, 16, 4, 1, 1),
 }
 
@@ -71,10 +71,14 @@ def save(rows: list[Entry], table: Path = TABLE) -> None:
 
 @functools.cache
 def choose(kernel: str, bits: int, head_dim: int, features: tuple[str, ...]) -> Config:
-    """The config of the entry that fits the call most narrowly. features: a subset of ``FEATURES``, in their order."""
+    """The config of the entry that fits the call most narrowly. features: a subset of ``FEATURES``, in their order.
+
+    The copy engine wants rows of whole 16 bytes: others take an older architecture's entry, which does without.
+    """
     arch = architecture()
+    whole = bits * head_dim % 128 == 0
     if arch == "interpreter":
-        return INTERPRETED[kernel]
+        return replace(INTERPRETED[kernel], descriptors=INTERPRETED[kernel].descriptors and whole)
     known = entries()
     while True:
         fitting = [
@@ -83,6 +87,7 @@ def choose(kernel: str, bits: int, head_dim: int, features: tuple[str, ...]) -> 
             if (row.kernel, row.architecture, row.bits) == (kernel, arch, bits)
             and row.head_dim >= head_dim
             and set(row.features) >= set(features)
+            and (whole or not row.config.descriptors)
         ]
         if fitting:
             return min(fitting, key=lambda row: (row.head_dim, len(row.features))).config
