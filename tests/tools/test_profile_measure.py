@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from types import SimpleNamespace
@@ -71,6 +72,14 @@ def test_a_wrong_answer_has_its_error_and_no_time(wrong: object) -> None:
     (row,) = report.rows
     assert row["ms"] is None and row["note"] == "wrong" and not float(row["error"] or 0) <= 1e-3
     assert not report.failures
+
+
+def test_an_error_may_be_twice_that_of_the_formula_in_the_same_dtype() -> None:
+    def rough(x: Tensor) -> Tensor:
+        return 2 * x * (1 if x.dtype is torch.float64 else 1.01)
+
+    given = dataclasses.replace(doubling(same=rough, worse=lambda x: 2.05 * x), reference=rough)
+    assert [row["note"] for row in rows_of(given).rows] == ["", "wrong"]
 
 
 @pytest.mark.parametrize("ours", [lambda x: 3 * x, refuse])

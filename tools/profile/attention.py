@@ -21,6 +21,7 @@ from tools.profile.contenders import OURS, Contender, Problem, chosen, compiled,
 from tools.profile.machine import memory
 from tools.profile.measure import OPTIONS as OPTIONS
 from tools.profile.measure import measure
+from tools.profile.options import MODES
 
 if TYPE_CHECKING:
     from tools.profile.options import Options
@@ -58,7 +59,10 @@ def problem(shape: Shape, device: torch.device, dtype: torch.dtype, against: lis
     inputs: tuple[Tensor, ...] = (q, k, v)
     if shape.t5:
         inputs += (torch.randn(BUCKETS, shape.heads, device=device).to(dtype).requires_grad_(),)
-    everyone = {f"{OURS} {name}": ours(shape, name) for name in our_backends(device, dtype)} | peers(shape)
+    everyone = {f"{OURS} {name}": ours(shape, name) for name in our_backends(device, dtype)}
+    if f"{OURS} triton" in everyone:
+        everyone[f"{OURS} triton, deterministic"] = ours(shape, "triton", deterministic=True)
+    everyone |= peers(shape)
     return Problem(
         dtype,
         inputs,
@@ -69,7 +73,7 @@ def problem(shape: Shape, device: torch.device, dtype: torch.dtype, against: lis
     )
 
 
-def ours(shape: Shape, backend: str) -> Contender:
+def ours(shape: Shape, backend: str, deterministic: bool = False) -> Contender:
     """A model makes its bias of all distances once for all layers: that is not timed, its gradient is."""
 
     def prepare(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> tuple[Any, ...]:
@@ -77,11 +81,11 @@ def ours(shape: Shape, backend: str) -> Contender:
         return q, k, v, bias, None if bias is None else bias.distance_bias
 
     def function(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | None, _: Tensor | None) -> Tensor:
-        out = attention(q, k, v, causal=shape.causal, relative_bias=bias, backend=backend)
+        out = attention(q, k, v, causal=shape.causal, relative_bias=bias, deterministic=deterministic, backend=backend)
         assert isinstance(out, Tensor)
         return out
 
-    return Contender(function, prepare)
+    return Contender(function, prepare, ("backward", "both") if deterministic else MODES)
 
 
 def peers(shape: Shape) -> dict[str, Contender]:
