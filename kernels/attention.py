@@ -61,9 +61,9 @@ def attention(
         deterministic: the same gradients bit for bit each time, where a backend has a faster way that is not.
         return_lse: also return the scores' log-sum-exp, float32: (batch, heads, seqlen_q) or packed
             (heads, tokens_q).
-        backend: ``triton`` (CUDA; float32, float16 and bfloat16, head_dim at most 256, gradients once), ``native`` (C++;
-            float32 on a CPU, no dropout or dense bias, head_dim at most 256, gradients once), ``torch`` (SDPA) or
-            ``reference``; chosen by ``kernels.backend`` unless given.
+        backend: ``triton`` (CUDA; float32, float16 and bfloat16, head_dim at most 256, gradients once), ``native``
+            (C++; float32 on a CPU, no dropout or dense bias, head_dim at most 256, gradients once), ``torch`` (SDPA)
+            or ``reference``; chosen by ``kernels.backend`` unless given.
 
     Returns the output in q's shape and dtype. A query that sees no key gives zeros (lse -inf).
     Raises ValueError when shapes or options contradict each other.

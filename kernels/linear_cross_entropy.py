@@ -31,8 +31,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``kernels.cross_entropy.cross_entropy`` of the logits of hidden, which are never in memory all at once.
 
-    The logits are (scale * hidden) weight^T + bias, and with a softcap, softcap * tanh(those / softcap). Memory beside
-    the gradients is a tenth of theirs from 10,240 tokens on, up to 4,096 tokens'; 1,024 tokens' or fewer are whole.
+    The logits are (scale * hidden) weight^T + bias, and with a softcap, softcap * tanh(those / softcap). Those of a
+    tenth of the tokens are held at a time, in the products' dtype; of 1,024 tokens at least, or the products would
+    slow down, and of 4,096 at most.
 
     Args:
         hidden: (..., dim), a floating dtype. weight: (vocab, dim). bias: (vocab,).

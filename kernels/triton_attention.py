@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_options import ScoreOptions
+from kernels.backend import triton_serves
 from kernels.gpu import attention as gpu
 
 NO_OPTIONS = ScoreOptions(None, 0.0, None, None)
@@ -17,8 +18,8 @@ NO_OPTIONS = ScoreOptions(None, 0.0, None, None)
 def serves(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, dropout_p: float) -> bool:
     """Whether the kernels take these tensors."""
     return (
-        q.dtype == k.dtype == v.dtype
-        and q.dtype in gpu.DTYPES
+        triton_serves(q, k, v)
+        and q.dtype == k.dtype == v.dtype
         and 0 < q.shape[-1] <= gpu.MAX_HEAD_DIM
         and (softmax_scale is None or softmax_scale > 0)
         and dropout_p < 1

@@ -19,8 +19,8 @@ from kernels.gpu.attention_bias_gradient import attention_bias_gradient_kernel
 from kernels.gpu.attention_configs import Config
 from kernels.gpu.attention_forward import attention_forward_kernel
 from kernels.gpu.attention_scores import DenseBias, Dropout, Lengths, PerQuery, Rows, Scores
+from kernels.gpu.library import operator
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 DELTA_BLOCK = 64
 
@@ -56,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, deterministic: bool) 
     tensors = (q, k, v, call.table, call.bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Attention.apply(q, k, v, *call, deterministic)
-    return torch.ops.tandem.attention_forward(q, k, v, *call)
+    return attention_forward(q, k, v, *call)
 
 
 class _Attention(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         *given, deterministic = options
         call = Call(*given)
-        out, lse = torch.ops.tandem.attention_forward(q, k, v, *call)
+        out, lse = attention_forward(q, k, v, *call)
         ctx.save_for_backward(q, k, v, out, lse, *call[:7])
         ctx.numbers, ctx.deterministic = tuple(call[7:]), deterministic
         ctx.set_materialize_grads(False)
@@ -81,7 +81,7 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         call = Call(*tensors, *ctx.numbers)
         wants_table, wants_bias = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
-        dq, dk, dv, dtable, dbias = torch.ops.tandem.attention_backward(
+        dq, dk, dv, dtable, dbias = attention_backward(
             grad_out, grad_lse, q, k, v, out, lse, *call, ctx.deterministic, wants_table, wants_bias
         )
         none = (None,) * (len(Call._fields) + 1)
@@ -352,14 +352,12 @@ def _config(kernel: str, q: Tensor, call: Call) -> Config:
     return attention_configs.choose(kernel, 8 * q.element_size(), q.shape[-1], features)
 
 
-library = torch.library.Library("tandem", "FRAGMENT")
-library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)")
-library.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SCHEMA}, bool deterministic, bool wants_table, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+attention_forward = operator(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)", forward, _fake_forward
 )
-for key in ("CPU", "CUDA"):
-    library.impl("attention_forward", forward, key)
-    library.impl("attention_backward", backward, key)
-torch.library.register_fake("tandem::attention_forward", _fake_forward)
-torch.library.register_fake("tandem::attention_backward", _fake_backward)
+attention_backward = operator(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{SCHEMA}, bool deterministic, bool wants_table, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward,
+    _fake_backward,
+)

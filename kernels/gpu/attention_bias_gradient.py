@@ -1,12 +1,14 @@
 """The gradient of T5's relative bias: the scores' gradients summed along diagonals, in a band around p = j.
 
-A distance of reach or more shares its number with all farther ones, so only tiles that a diagonal with |j - p| < reach
-crosses need their sums apart: a few a block of queries, whatever the sequence's length. A tile is sheared in registers so
-that its diagonals become columns, which are then summed. Two neighbouring tiles share half of their diagonals: what one
-leaves unfinished the next completes, and each finished sum is written once, to a place of its block's own.
+A distance of reach or more shares its number with all farther ones, so only tiles that a diagonal with |j - p| <
+reach crosses need their sums apart: a few a block of queries, whatever the sequence's length. A tile is sheared in
+registers so that its diagonals become columns, which are then summed. Two neighbouring tiles share half of their
+diagonals: what one leaves unfinished the next completes, and each finished sum is written once, to a place of its
+block's own.
 
-The far sums need no walk of their own. A query's gradients over all its keys add up to its log-sum-exp's gradient, so a
-causal block's far keys have what its near ones leave; where there are two far sides, ``attention_backward`` counted one.
+The far sums need no walk of their own. A query's gradients over all its keys add up to its log-sum-exp's gradient, so
+a causal block's far keys have what its near ones leave; where there are two far sides, ``attention_backward`` counted
+one of them.
 """
 
 from __future__ import annotations
@@ -86,9 +88,9 @@ def attention_bias_gradient_kernel(
             v1 = load_tile(v_rows, v.seq, n, real_k, BLOCK, D0, D1, HEAD_DIM, True)
         else:
             k1, v1 = 0.0, 0.0
-        ds, capped = score_gradients(
+        ds, _capped = score_gradients(
             q0, q1, do0, do1, k0, k1, v0, v1, sums, deltas, rows, position, n, bounds, place, scores, dense, dropout,
-             0.0, D1, BLOCK, CAUSAL, True, PRECISION,
+            0.0, D1, BLOCK, CAUSAL, True, PRECISION,
         )  # fmt: skip
         sheared = tl.gather(ds, source, 1)
         complete = unfinished + tl.sum(tl.where(wrapped, sheared, 0.0), 0)

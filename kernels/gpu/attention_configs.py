@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels: a checked-in table, so that every run and every rank takes the same ones.
 
-``attention_configs.json`` holds an entry a kernel, architecture, width of numbers, head_dim and set of features; an entry
-serves calls whose head_dim is no larger and whose features are among its own. ``python -m tools.profile attention
+``attention_configs.json`` holds an entry a kernel, architecture, width of numbers, head_dim and set of features; an
+entry serves calls whose head_dim is no larger and whose features are among its own. ``python -m tools.profile attention
 --tune`` measures candidates on a GPU and writes the best ones there.
 """
 

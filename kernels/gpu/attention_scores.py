@@ -1,7 +1,7 @@
 """What the attention kernels share: where a sequence lies, which keys a tile may see, and what becomes of a score.
 
-Scores are kept in base 2: 2^(s * log2 e) is one instruction where e^s is two. Positions are counted in keys: query i of a
-sequence stands at p = i + seqlen_k - seqlen_q, and a distance is j - p, as in ``kernels.attention_options``.
+Scores are kept in base 2: 2^(s * log2 e) is one instruction where e^s is two. Positions are counted in keys: query i
+of a sequence stands at p = i + seqlen_k - seqlen_q, and a distance is j - p, as in ``kernels.attention_options``.
 
 Arguments travel in named tuples; a None in one is known when the kernel is compiled, so that what a call does not use
 costs it nothing.
@@ -116,7 +116,7 @@ def load_tile(
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Rows ``first`` on of x, dims BEGIN on: (BLOCK, WIDTH). Past HEAD_DIM, and if MASKED past ``count`` rows, zeros."""
+    """Rows ``first`` on of x, dims BEGIN on: (BLOCK, WIDTH). Zeros past HEAD_DIM, and if MASKED past ``count`` rows."""
     row, dim = tl.arange(0, BLOCK)[:, None], BEGIN + tl.arange(0, WIDTH)[None, :]
     pointers = x + first * tl.cast(stride, tl.int64) + (row * stride + dim)
     if MASKED and BEGIN + WIDTH > HEAD_DIM:
@@ -198,9 +198,10 @@ def round_up(x, MULTIPLE: tl.constexpr):
 def key_ranges(first, length_k, scores, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
     """Cuts the keys that queries at positions ``first`` to ``first + BLOCK_M - 1`` see into runs of tiles.
 
-    Returns bounds b0 <= b1 <= b2 <= b3 <= b4 <= b5. Every pair of [b1, b4) is visible; tiles of [b0, b1) and [b4, b5) need
-    a mask. With a table, all distances in [b1, b2) are at most -reach, and in [b3, b4) at least reach. Each run begins
-    on a tile's border; the last one ends at a key. With a table and a window, [b1, b4) is empty: windows are narrow.
+    Returns bounds b0 <= b1 <= b2 <= b3 <= b4 <= b5. Every pair of [b1, b4) is visible; tiles of [b0, b1) and [b4, b5)
+    need a mask. With a table, all distances in [b1, b2) are at most -reach, and in [b3, b4) at least reach. Each run
+    begins on a tile's border; the last one ends at a key. With a table and a window, [b1, b4) is empty: windows are
+    narrow.
     """
     last = first + BLOCK_M - 1
     begin, end, whole_end = tl.cast(0, tl.int32), length_k, length_k

@@ -163,14 +163,15 @@ class Tiling(NamedTuple):
     warps: int
 
 
-def tiling(logits: Tensor, stride: int) -> Tiling:
-    """For rows, contiguous each: 64 bytes a thread. Logits that do not begin at 16 bytes are loaded one by one."""
+def tiling(logits: Tensor, stride: int, loads: int = 4) -> Tiling:
+    """For rows, contiguous each: ``loads`` chunks a thread, one by one where logits do not begin at 16 bytes."""
     vocab = logits.shape[1]
     chunk = 16 // logits.element_size() if logits.data_ptr() % 16 == 0 else 1
     edges = vocab % chunk != 0 or stride % chunk != 0
+    loads = loads if chunk > 1 else 16
     chunks = triton.next_power_of_2(triton.cdiv(vocab + (chunk - 1 if edges else 0), chunk))
-    chunks = min(chunks, 1024 if chunk > 1 else 4096)
-    return Tiling(chunk, chunks, edges, min(max(chunks // 128, 1), 8))
+    chunks = min(chunks, 256 * loads)
+    return Tiling(chunk, chunks, edges, min(max(chunks // (32 * loads), 1), 8))
 
 
 def _contiguous_rows(logits: Tensor) -> tuple[Tensor, int]:

@@ -50,7 +50,7 @@ def _loss_and_gradient(
 def loss_of_logits(logits: Tensor, labels: Tensor, options: LossOptions, gradients: bool) -> Tensor:
     """``kernels.chunked_loss.LossOfLogits``; logits are rows of a buffer that begin at 16 bytes each."""
     rows, vocab = logits.shape
-    tile = tiling(logits, logits.stride(0))
+    tile = tiling(logits, logits.stride(0), loads=2 if options.softcap else 4)  # the cap takes registers
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _loss_and_gradient[(rows,)](
         logits, labels, losses, logits.stride(0), vocab,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels.linear_cross_entropy
 import models.transformer
 from kernels.attention_options import AttentionOptions
 from models import EncoderDecoder
@@ -151,6 +152,10 @@ def test_labels_turn_logits_into_their_loss(
         torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-5)
 
 
-def test_a_small_vocabulary_or_a_cpu_keeps_its_logits_whole() -> None:
-    for vocab in (60, 20_000):
-        assert not models.transformer.prefers_chunks(torch.zeros(2, 8), torch.zeros(vocab, 8))
+def test_a_small_vocabulary_or_a_cpu_keeps_its_logits_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def preferences() -> list[bool]:
+        return [models.transformer.prefers_chunks(torch.zeros(2, 8), torch.zeros(n, 8)) for n in (60, 20_000)]
+
+    assert preferences() == [False, False]
+    monkeypatch.setattr(kernels.linear_cross_entropy, "choose", lambda *args, **kwargs: "triton")
+    assert preferences() == [False, True]
