@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,8 @@ from tools.profile.contenders import OURS, Contender, Problem, chosen, compiled,
 from tools.profile.machine import memory
 from tools.profile.measure import OPTIONS as OPTIONS
 from tools.profile.measure import measure
-from tools.profile.options import MODES
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
-    from tools.profile.report import Report
+from tools.profile.options import MODES, Options
+from tools.profile.report import Report
 
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
