@@ -111,7 +111,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the table and the dense bias; what is not wanted is an empty tensor."""
     *given, deterministic, wants_table, wants_bias = options
-    call, nothing = Call(*given), q.new_empty(0)
+    call = Call(*given)
     if q.numel() == 0 or k.numel() == 0:
         return _nothing_to_do(q, k, v, call, wants_table, wants_bias)
     keys, queries = _config("keys", q, call), _config("queries", q, call)
@@ -123,15 +123,15 @@ def backward(
     if one_pass:
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         dk, dv = _key_gradients(q, k, v, gradient, call, keys, dq)
-        return dq.to(q.dtype), dk, dv, nothing, nothing
+        return dq.to(q.dtype), dk, dv, q.new_empty(0), q.new_empty(0)
     dk, dv = _key_gradients(q, k, v, gradient, call, keys, None)
     dbias = torch.zeros(*q.shape[:1], q.shape[2], q.shape[1], k.shape[1], device=q.device) if wants_bias else None
     counts = wants_table and call.window is None and not call.causal
     far_sums = torch.empty_like(lse) if counts else None
     dq = _query_gradient(q, k, v, gradient, call, queries, far_sums, dbias)
-    dtable = _table_gradient(q, k, v, gradient, call, queries, far_sums) if wants_table else nothing
+    dtable = _table_gradient(q, k, v, gradient, call, queries, far_sums) if wants_table else q.new_empty(0)
     if dbias is None or call.bias is None:
-        return dq, dk, dv, dtable, nothing
+        return dq, dk, dv, dtable, q.new_empty(0)
     return dq, dk, dv, dtable, dbias.sum_to_size(call.bias.shape).to(call.bias.dtype)
 
 
