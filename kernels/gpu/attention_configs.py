@@ -7,8 +7,10 @@ entry serves calls whose head_dim is no larger and whose features are among its 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -69,6 +71,22 @@ def save(rows: list[Entry], table: Path = TABLE) -> None:
     table.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
+@contextlib.contextmanager
+def instead_of(table: list[Entry]) -> Iterator[None]:
+    """Inside, ``choose`` reads these entries: for measuring what another table would do."""
+    global _known
+    before, _known = _known, lambda: table
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        _known = before
+        choose.cache_clear()
+
+
+_known: Callable[[], list[Entry]] = entries
+
+
 @functools.cache
 def choose(kernel: str, bits: int, head_dim: int, features: tuple[str, ...]) -> Config:
     """The config of the entry that fits the call most narrowly. features: a subset of ``FEATURES``, in their order.
@@ -79,7 +97,7 @@ def choose(kernel: str, bits: int, head_dim: int, features: tuple[str, ...]) -> 
     whole = bits * head_dim % 128 == 0
     if arch == "interpreter":
         return replace(INTERPRETED[kernel], descriptors=INTERPRETED[kernel].descriptors and whole)
-    known = entries()
+    known = _known()
     while True:
         fitting = [
             row

@@ -353,7 +353,7 @@ def shaped(qk, distance, bias, head, scores, dense, far, NEAR: tl.constexpr, PRE
     if scores.table is not None:
         if NEAR:
             reach = tl.cast(scores.reach, tl.int32)
-            place = tl.minimum(tl.maximum(distance, -reach), reach) + reach
+            place = tl.minimum(tl.maximum(distance + reach, 0), 2 * reach)
             s += tl.load(scores.table + head * (2 * reach + 1) + place) * LOG2E
         else:
             s += far

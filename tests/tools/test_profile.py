@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.tools.profiling import ROOT, profile
 from tools.profile import load
 from tools.profile.__main__ import command
 from tools.profile.options import Options
 from tools.profile.report import Report, Table, read
 from tools.profile.timing import interleaved
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def profile(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.profile", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_functions_are_timed_in_turns_and_summarised_by_median_and_spread():

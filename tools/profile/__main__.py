@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from tools.profile import budget_check, compare, plot
+from tools.profile import budget_check, compare, plot, tune
 from tools.profile.ceilings import DTYPES
 from tools.profile.options import MODES, Options, known, listed, numbers
 
@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
     parsed = parse(arguments)
     if parsed.budget or parsed.update:
         return budget(parsed)
+    if parsed.tune:
+        return tuning(parsed)
     if parsed.operation is None:
         raise ValueError(f"say what to measure: one of {', '.join(OPERATIONS)}")
     operation = load(parsed.operation)
@@ -53,6 +55,18 @@ def budget(parsed: argparse.Namespace) -> int:
         raise ValueError(f"--budget takes no --{given[0].replace('_', '-')}")
     writable("--json", parsed.json)
     report = budget_check.run(parsed.operation, parsed.update, parsed.json)
+    report.finish()
+    return 1 if report.failures else 0
+
+
+def tuning(parsed: argparse.Namespace) -> int:
+    if parsed.operation != "attention":
+        raise ValueError("--tune is for attention, whose kernels choose from a table")
+    given = [name for name in (*SOME, "against", "threads") if getattr(parsed, name)]
+    if given:
+        raise ValueError(f"--tune takes no --{given[0].replace('_', '-')}")
+    writable("--json", parsed.json)
+    report = tune.run(listed(parsed.shape), parsed.seconds, parsed.json)
     report.finish()
     return 1 if report.failures else 0
 
@@ -124,6 +138,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file, row by row")
     parser.add_argument("--budget", action="store_true", help="what kernels take of a GPU, against budgets.json")
     parser.add_argument("--update", action="store_true", help="with --budget: write what was found there instead")
+    parser.add_argument("--tune", action="store_true", help="attention: find better tiles on this GPU for the table")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the rows")
     return parser.parse_args(arguments)
 
