@@ -7,19 +7,22 @@ the launchers' own choice of configuration and Triton's own specialisation of th
 from __future__ import annotations
 
 import contextlib
-import functools
+import io
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 MAX_SHARED = {"sm80": 163 << 10, "sm90": 227 << 10}  # bytes a block, and all blocks of a multiprocessor
 REGISTERS, MAX_WARPS, MAX_BLOCKS = 65536, 64, 32  # of a multiprocessor
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL", "RED", "ATOM", "MUFU")
+INSTRUCTIONS = {  # by what they are called in machine code, as PTX writes them
+    "HGMMA": r"wgmma\.mma_async",
+    "HMMA": r"mma\.sync",
+    "UTMALDG": r"cp\.async\.bulk\.tensor",
+    "LDGSTS": r"cp\.async\.c[ag]",
+    "RED": r"\bred\.",
+    "ATOM": r"\batom\.",
+}
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,24 @@ def compiled(architecture: str) -> Iterator[list[Any]]:
     if INTERPRETED:
         raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set")
     triton.runtime.driver.set_active(_Driver(architecture))
+    triton.knobs.compilation.always_compile = True  # for the assembler's log, which no cache holds
+    triton.knobs.nvidia.dump_ptxas_log = True
     with launches(compile_only=True) as kernels:
         yield kernels
 
 
 @contextlib.contextmanager
 def launches(compile_only: bool = False) -> Iterator[list[Any]]:
-    """Yields the list of the kernels that are launched inside, as compiled."""
+    """Yields the list of the kernels that are launched inside, as compiled, each with the assembler's ``log``."""
     from triton.runtime.jit import JITFunction
 
     run, kernels = JITFunction.run, []
 
     def recorded(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=warmup or compile_only, **kwargs)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            kernel = run(self, *args, grid=grid, warmup=warmup or compile_only, **kwargs)
+        if log := printed.getvalue():
+            kernel.log = log
         kernels.append(kernel)
         return kernel
 
@@ -95,32 +103,28 @@ def launches(compile_only: bool = False) -> Iterator[list[Any]]:
 
 
 def resources(kernel: Any, architecture: str) -> Resources:
-    """Reads a compiled kernel's binary with the tools of Triton's own wheel."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
-        cubin.write_bytes(kernel.asm["cubin"])
-        ptx.write_text(kernel.asm["ptx"])
-        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
-        sass = _run("cuobjdump", "-sass", str(cubin))
-        log = _run("ptxas", "-v", f"--gpu-name={_full_name(architecture)}", str(ptx), "-o", "/dev/null")
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
-    stores, loads = (
-        int(n)
-        for n in re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()  # type: ignore[union-attr]
-    )
-    names = Counter(re.findall(r"\b(" + "|".join(INSTRUCTIONS) + r")\b", sass))
+    """Reads the log of a compiled kernel's assembly, and its PTX."""
+    registers = int(_number(r"Used (\d+) registers", kernel.log))
+    spills = max(int(_number(rf"(\d+) bytes spill {kind}", kernel.log)) for kind in ("stores", "loads"))
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     return Resources(
         kernel=kernel.metadata.name,
         architecture=architecture,
         warps=warps,
         registers=registers,
-        spills=max(stores, loads),
+        spills=spills,
         shared=shared,
         occupancy=occupancy(architecture, registers, shared, warps),
-        serialized="serialized" in log,
-        instructions={name: names[name] for name in INSTRUCTIONS},
+        serialized="serialized" in kernel.log,
+        instructions={name: len(re.findall(ptx, kernel.asm["ptx"])) for name, ptx in INSTRUCTIONS.items()},
     )
+
+
+def _number(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the assembler's log does not say {pattern!r}: {text!r}")
+    return found.group(1)
 
 
 def occupancy(architecture: str, registers: int, shared: int, warps: int) -> int:
@@ -128,20 +132,3 @@ def occupancy(architecture: str, registers: int, shared: int, warps: int) -> int
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = (MAX_SHARED[architecture] + 1024) // (shared + 1024)
     return min(by_registers, by_shared, MAX_WARPS // warps, MAX_BLOCKS)
-
-
-def _full_name(architecture: str) -> str:
-    name = architecture.replace("sm", "sm_")
-    return f"{name}a" if name >= "sm_90" else name
-
-
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([_tools() / tool, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-@functools.cache
-def _tools() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
