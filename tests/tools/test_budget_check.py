@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tools.profile import budget_check
+from tools.profile import budget_cases, budget_check
 from tools.profile.__main__ import command
 from tools.profile.budget import occupancy
 
@@ -122,3 +123,17 @@ def test_occupancy_is_what_registers_shared_memory_and_warps_leave() -> None:
     assert occupancy("sm90", 32, 100 << 10, 4) == 2
     assert occupancy("sm90", 32, 0, 8) == 8
     assert occupancy("sm80", 32, 200 << 10, 8) == 0
+
+
+def test_attentions_cases_hold_every_pair_of_options() -> None:
+    cases = [case for case in budget_cases.CASES.values() if isinstance(case, budget_cases.Attention)]
+    options = {
+        "causal": (False, True), "lengths": ("whole", "padded", "packed"), "bias": ("none", "table", "alibi", "dense"),
+        "window": (False, True), "softcap": (False, True), "dropout": (False, True), "grouped": (False, True),
+        "deterministic": (False, True),
+    }  # fmt: skip
+    impossible = {("packed", "dense")}
+    for one, other in itertools.combinations(options, 2):
+        for pair in itertools.product(options[one], options[other]):
+            held = any((getattr(case, one), getattr(case, other)) == pair for case in cases)
+            assert held or pair in impossible, (one, other, pair)

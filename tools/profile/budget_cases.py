@@ -7,23 +7,55 @@ stands for all calls of its dtype, options and divisibility by 16, not for one s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 
-def attention(
-    head_dim: int, dtype: torch.dtype = torch.bfloat16, *, causal: bool = False, table: bool = False,
-    softcap: float = 0.0, dropout: float = 0.0, window: int | None = None, deterministic: bool = False,
-) -> None:  # fmt: skip
-    from kernels.gpu import attention as gpu
+@dataclass(frozen=True)
+class Attention:
+    """One call of attention, forward and backward. Together the cases hold every pair of options' values."""
 
-    q, k, v = (torch.zeros(1, 256, 2, head_dim, dtype=dtype) for _ in range(3))
-    biases = torch.zeros(2, 257) if table else None
-    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    call = gpu.Call(None, None, None, None, biases, None, seed, 256, 256, causal, 0.125, window, softcap, dropout)
-    out, lse = gpu.forward(q, k, v, *call)
-    gpu.backward(out, None, q, k, v, out, lse, *call, deterministic, table, False)
+    head_dim: int
+    bits: int = 16
+    causal: bool = False
+    lengths: str = "whole"  # or "padded", "packed"
+    bias: str = "none"  # or "table", "alibi", "dense"
+    window: bool = False
+    softcap: bool = False
+    dropout: bool = False
+    grouped: bool = False
+    deterministic: bool = False
+
+    def __call__(self) -> None:
+        from kernels.gpu import attention as gpu
+
+        dtype = torch.bfloat16 if self.bits == 16 else torch.float32
+        q = torch.zeros(1, 256, 4, self.head_dim, dtype=dtype)
+        k, v = (torch.zeros(1, 256, 2 if self.grouped else 4, self.head_dim, dtype=dtype) for _ in range(2))
+        bounds = torch.tensor([0, 256], dtype=torch.int32) if self.lengths == "packed" else None
+        if bounds is not None:
+            q, k, v = q[0], k[0], v[0]
+        call = gpu.Call(
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+            key_lengths=torch.ones(1, dtype=torch.int64) if self.lengths == "padded" else None,
+            slopes=torch.ones(4) if self.bias == "alibi" else None,
+            table=torch.zeros(4, 257) if self.bias == "table" else None,
+            bias=torch.zeros(1, 4, 256, 256, dtype=dtype) if self.bias == "dense" else None,
+            seed=torch.zeros(1, dtype=torch.int64) if self.dropout else None,
+            max_seqlen_q=256,
+            max_seqlen_k=256,
+            causal=self.causal,
+            scale=0.125,
+            window=64 if self.window else None,
+            softcap=30.0 if self.softcap else 0.0,
+            dropout_p=0.1 if self.dropout else 0.0,
+        )
+        out, lse = gpu.forward(q, k, v, *call)
+        wants = (self.bias == "table", self.bias == "dense")
+        gpu.backward(out, None, q, k, v, out, lse, *call, self.deterministic, *wants)
 
 
 def norm(width: int, *, center: bool = False, residual: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -70,18 +102,37 @@ def linear_cross_entropy(
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "attention/d64": partial(attention, 64),
-    "attention/d64-causal": partial(attention, 64, causal=True),
-    "attention/d64-t5": partial(attention, 64, table=True),
-    "attention/d64-causal-t5": partial(attention, 64, causal=True, table=True),
-    "attention/d64-deterministic": partial(attention, 64, deterministic=True),
-    "attention/d64-dropout": partial(attention, 64, dropout=0.1),
-    "attention/d64-fp32": partial(attention, 64, torch.float32),
-    "attention/d80-causal": partial(attention, 80, causal=True),
-    "attention/d128": partial(attention, 128),
-    "attention/d128-causal": partial(attention, 128, causal=True),
-    "attention/d128-causal-softcap-window": partial(attention, 128, causal=True, softcap=50.0, window=64),
-    "attention/d256-causal": partial(attention, 256, causal=True),
+    "attention/d64": Attention(64),
+    "attention/d64-causal": Attention(64, causal=True),
+    "attention/d64-causal-deterministic": Attention(64, causal=True, deterministic=True),
+    "attention/d64-packed-window": Attention(64, lengths="packed", window=True, grouped=True, deterministic=True),
+    "attention/d64-t5": Attention(64, bias="table"),
+    "attention/d64-t5-padded-window-dropout": Attention(64, lengths="padded", bias="table", window=True, dropout=True),
+    "attention/d64-t5-causal": Attention(64, causal=True, bias="table", grouped=True),
+    "attention/d64-t5-causal-packed-softcap": Attention(
+        64, causal=True, lengths="packed", bias="table", softcap=True, deterministic=True
+    ),
+    "attention/d64-alibi-causal-padded-softcap-window": Attention(
+        64, causal=True, lengths="padded", bias="alibi", softcap=True, window=True
+    ),
+    "attention/d64-dense-padded-grouped": Attention(64, lengths="padded", bias="dense", grouped=True),
+    "attention/d64-dropout-causal": Attention(64, causal=True, dropout=True),
+    "attention/d40-alibi-packed-dropout": Attention(
+        40, lengths="packed", bias="alibi", dropout=True, grouped=True, deterministic=True
+    ),
+    "attention/d80-causal-packed": Attention(80, causal=True, lengths="packed"),
+    "attention/d96-dense-causal-window-dropout": Attention(
+        96, causal=True, bias="dense", window=True, softcap=True, dropout=True, deterministic=True
+    ),
+    "attention/d128": Attention(128),
+    "attention/d128-causal-padded": Attention(128, causal=True, lengths="padded", grouped=True, deterministic=True),
+    "attention/d128-t5-causal": Attention(128, causal=True, bias="table"),
+    "attention/d128-alibi-softcap-dropout": Attention(128, bias="alibi", softcap=True, dropout=True, grouped=True),
+    "attention/d256-causal-softcap-window": Attention(256, causal=True, softcap=True, window=True),
+    "attention/d256-dropout": Attention(256, dropout=True),
+    "attention/d64-fp32-causal": Attention(64, 32, causal=True),
+    "attention/d128-fp32-t5": Attention(128, 32, bias="table"),
+    "attention/d256-fp32": Attention(256, 32),
     "norm/rms-768": partial(norm, 768),
     "norm/rms-4096": partial(norm, 4096),
     "norm/rms-4096-residual": partial(norm, 4096, residual=True),
@@ -105,6 +156,6 @@ CASES: dict[str, Callable[[], None]] = {
 
 # Those that also have to compile for AMD's gfx942; what they take there is not held to anything.
 AMD_CASES = (
-    "attention/d64-causal", "norm/rms-4096-residual", "rotary/halves", "activation/silu", "cross_entropy/bf16-32000",
+    "attention/d64-t5-causal", "norm/rms-4096-residual", "rotary/halves", "activation/silu", "cross_entropy/bf16-32000",
     "linear_cross_entropy/bf16",
 )  # fmt: skip
