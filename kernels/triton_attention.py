@@ -44,11 +44,13 @@ def attention(
     assert max_seqlen_q is not None
     assert max_seqlen_k is not None
     cu_seqlens_q, cu_seqlens_k, key_lengths = lengths
-    table, slopes = options.distance_bias, options.alibi_slopes
+    table, slopes, window = options.distance_bias, options.alibi_slopes, options.window
+    if window is not None and window >= max_seqlen_q + max_seqlen_k:
+        window = None  # wide enough for everything
     call = gpu.Call(
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        key_lengths=key_lengths,
+        cu_seqlens_q=_integers(cu_seqlens_q),
+        cu_seqlens_k=_integers(cu_seqlens_k),
+        key_lengths=_integers(key_lengths),
         slopes=None if slopes is None else slopes.detach().contiguous(),
         table=None if table is None else table.float().contiguous(),
         bias=options.dense_bias,
@@ -58,8 +60,12 @@ def attention(
         max_seqlen_k=max_seqlen_k,
         causal=causal,
         scale=1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
-        window=options.window,
+        window=window,
         softcap=options.softcap,
         dropout_p=dropout_p,
     )
-    return gpu.attention(q, k, v, call, deterministic)
+    return gpu.attention(q, k, v, call, deterministic or torch.are_deterministic_algorithms_enabled())
+
+
+def _integers(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()

@@ -18,8 +18,9 @@ from kernels.gpu.attention_backward import (
 from kernels.gpu.attention_bias_gradient import attention_bias_gradient_kernel
 from kernels.gpu.attention_configs import Config
 from kernels.gpu.attention_forward import attention_forward_kernel
-from kernels.gpu.attention_scores import DenseBias, Dropout, Lengths, PerQuery, Rows, Scores
+from kernels.gpu.attention_scores import DenseBias, Dropout, Lengths, Rows, Scores
 from kernels.gpu.library import operator
+from kernels.gpu.target import architecture
 
 MAX_HEAD_DIM = 256
 DELTA_BLOCK = 64
@@ -99,9 +100,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     q, k, v = (_readable(x, config) for x in (q, k, v))
     programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
     attention_forward_kernel[(programs,)](
-        _rows(q), _rows(k), _rows(v), _rows(out), _per_query(lse), *_descriptors(k, v, config.block_n, config),
-        _lengths(call), _scores(call), _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
-        *_loop(q, call, config), num_warps=config.warps, num_stages=config.stages,
+        _rows(q), _rows(k), _rows(v), _rows(out), lse, *_descriptors(k, v, config.block_n, config),
+        *_lengths(lse, call), _scores(call), _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks,
+        *_dims(q), *_loop(q, call, config), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, lse
 
@@ -118,7 +119,7 @@ def backward(
     q, grad_out = (_readable(x, keys) for x in (q, grad_out))
     k, v = (_readable(x, queries) for x in (k, v))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    gradient = Gradient(grad_out, grad_lse, lse, _delta(grad_out, grad_lse, out, lse, call))
+    gradient = Gradient(grad_out, lse, _delta(grad_out, grad_lse, out, lse, call))
     one_pass = keys.one_pass and not (deterministic or wants_table or wants_bias)
     if one_pass:
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -126,10 +127,13 @@ def backward(
         return dq.to(q.dtype), dk, dv, q.new_empty(0), q.new_empty(0)
     dk, dv = _key_gradients(q, k, v, gradient, call, keys, None)
     dbias = torch.zeros(*q.shape[:1], q.shape[2], q.shape[1], k.shape[1], device=q.device) if wants_bias else None
-    counts = wants_table and call.window is None and not call.causal
-    far_sums = torch.empty_like(lse) if counts else None
+    blocks = _grid(q, call, call.max_seqlen_q, queries.block_m)[1]
+    far_sums = torch.zeros(_batch(q, call), blocks, q.shape[-2], 2, device=q.device) if wants_table else None
     dq = _query_gradient(q, k, v, gradient, call, queries, far_sums, dbias)
-    dtable = _table_gradient(q, k, v, gradient, call, queries, far_sums) if wants_table else q.new_empty(0)
+    dtable = q.new_empty(0)
+    if far_sums is not None:
+        dtable = _table_gradient(q, k, v, gradient, call, queries)
+        dtable[:, [0, -1]] += far_sums.sum((0, 1))
     if dbias is None or call.bias is None:
         return dq, dk, dv, dtable, q.new_empty(0)
     return dq, dk, dv, dtable, dbias.sum_to_size(call.bias.shape).to(call.bias.dtype)
@@ -139,12 +143,11 @@ class Gradient(NamedTuple):
     """What comes from above, and what it is held against."""
 
     out: Tensor
-    lse: Tensor | None
     saved_lse: Tensor
     delta: Tensor
 
-    def pointers(self) -> tuple[Rows, PerQuery, PerQuery]:
-        return _rows(self.out), _per_query(self.saved_lse), _per_query(self.delta)
+    def pointers(self) -> tuple[Rows, Tensor, Tensor]:
+        return _rows(self.out), self.saved_lse, self.delta
 
 
 def _nothing_to_do(
@@ -166,7 +169,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, 
     delta = torch.empty_like(lse)
     programs, blocks = _grid(out, call, call.max_seqlen_q, DELTA_BLOCK)
     attention_delta_kernel[(programs,)](
-        _rows(out), _rows(grad_out), _per_query(lse), _per_query(grad_lse), _per_query(delta), _lengths(call),
+        _rows(out), _rows(grad_out), lse, grad_lse, delta, *_lengths(lse, call),
         out.shape[-2], blocks, *_dims(out), DELTA_BLOCK,
     )  # fmt: skip
     return delta
@@ -183,7 +186,7 @@ def _key_gradients(
     programs, blocks = _grid(q, call, call.max_seqlen_k, config.block_n)
     attention_backward_keys_kernel[(programs,)](
         _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), _rows(dk), _rows(dv),
-        *_descriptors(q, gradient.out, config.block_m, config), _lengths(call), _scores(call),
+        *_descriptors(q, gradient.out, config.block_m, config), *_lengths(gradient.delta, call), _scores(call),
         _dense(call.bias, q, call), _dropout(call), heads, groups, blocks, *_dims(q), *_loop(q, call, config),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -200,26 +203,24 @@ def _query_gradient(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
     attention_backward_queries_kernel[(programs,)](
-        _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), _per_query(far_sums),
-        *_descriptors(k, v, config.block_n, config), _lengths(call), _scores(call), _dense(call.bias, q, call),
-        _dense(dbias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q), *_loop(q, call, config),
+        _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), far_sums,
+        *_descriptors(k, v, config.block_n, config), *_lengths(gradient.delta, call), _scores(call),
+        _dense(call.bias, q, call), _dense(dbias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q), *_loop(q, call, config),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return dq
 
 
-def _table_gradient(
-    q: Tensor, k: Tensor, v: Tensor, gradient: Gradient, call: Call, counted: Config, far_sums: Tensor | None
-) -> Tensor:
-    """The gradient of the relative bias's row of distances, (heads, 2 * reach + 1), float32."""
+def _table_gradient(q: Tensor, k: Tensor, v: Tensor, gradient: Gradient, call: Call, counted: Config) -> Tensor:
+    """What tiles that ``_query_gradient`` did not count give the bias's row, float32 (heads, 2 * reach + 1)."""
     assert call.table is not None
     config = _config("bias_gradient", q, call)
-    assert counted.block_m % config.block_m == 0
+    assert counted.block_m % config.block_m == counted.block_n % config.block_m == 0
     programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
     partials = torch.zeros(_batch(q, call), blocks, *call.table.shape, device=q.device)
     attention_bias_gradient_kernel[(programs,)](
-        _rows(q), _rows(k), _rows(v), *gradient.pointers(), _per_query(gradient.lse), _per_query(far_sums), partials,
-        _lengths(call), _scores(call), _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
+        _rows(q), _rows(k), _rows(v), *gradient.pointers(), partials, *_lengths(gradient.delta, call), _scores(call),
+        _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
         config.block_m, counted.block_m, counted.block_n, call.causal, _precision(q), config.stages,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -275,14 +276,10 @@ def _rows(x: Tensor | None) -> Rows:
     return Rows(x, batch, x.stride(-3), x.stride(-2))
 
 
-def _per_query(x: Tensor | None) -> PerQuery:
-    if x is None:
-        return PerQuery(None, 0, 0)
-    return PerQuery(x, 0 if x.dim() == 2 else x.stride(0), x.stride(-2))
-
-
-def _lengths(call: Call) -> Lengths:
-    return Lengths(call.cu_seqlens_q, call.cu_seqlens_k, call.key_lengths, call.max_seqlen_q, call.max_seqlen_k)
+def _lengths(per_query: Tensor, call: Call) -> tuple[Lengths, int, int, int]:
+    """The lengths, the longest of either, and the stride between heads of a float32 number a query."""
+    lengths = Lengths(call.cu_seqlens_q, call.cu_seqlens_k, call.key_lengths)
+    return lengths, call.max_seqlen_q, call.max_seqlen_k, per_query.shape[-1]
 
 
 def _scores(call: Call) -> Scores:
@@ -305,13 +302,12 @@ def _descriptors(x: Tensor, y: Tensor, block: int, config: Config) -> tuple[Tens
 
 def _readable(x: Tensor, config: Config) -> Tensor:
     """x itself, or a copy where the kernel could not read it: rows are contiguous, and 16-byte for the copy engine."""
-    if x.stride(-1) != 1:
-        return x.contiguous()
+    size = x.element_size()
+    readable = x.stride(-1) == 1
     if config.descriptors:
-        size = x.element_size()
-        aligned = x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 and n > 0 for n in x.stride()[:-1])
-        return x if aligned else x.contiguous()
-    return x
+        readable &= x.data_ptr() % 16 == 0 and all(n * size % 16 == 0 and n > 0 for n in x.stride()[:-1])
+    # contiguous() would leave what is contiguous at an odd address, or has an odd stride in a dimension of one.
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense(bias: Tensor | None, q: Tensor, call: Call) -> DenseBias:
@@ -328,9 +324,11 @@ def _dropout(call: Call) -> Dropout:
 
 
 def _dims(q: Tensor) -> tuple[int, int, int]:
-    """head_dim as one power of two, or as two whose sum is nearer to it: 80 is 64 + 16."""
+    """head_dim as one power of two, or as two whose sum is nearer to it: 80 is 64 + 16. Wide float32 is always cut."""
     head_dim = q.shape[-1]
     whole = max(16, triton.next_power_of_2(head_dim))
+    if head_dim > 128 and q.dtype == torch.float32:
+        return 128, max(16, triton.next_power_of_2(head_dim - 128)), head_dim
     if whole == head_dim or whole <= 16:
         return whole, 0, head_dim
     first = whole // 2
@@ -339,7 +337,9 @@ def _dims(q: Tensor) -> tuple[int, int, int]:
 
 
 def _precision(q: Tensor) -> str:
-    return "tf32x3" if q.dtype == torch.float32 else "tf32"  # the latter says nothing about half precision
+    if q.dtype != torch.float32:
+        return "tf32"  # which says nothing about half precision
+    return "ieee" if architecture().startswith("gfx") else "tf32x3"
 
 
 def _config(kernel: str, q: Tensor, call: Call) -> Config:

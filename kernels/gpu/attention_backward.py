@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kernels.gpu.attention_scores import (
     LOG2E,
+    VARYING,
     Rows,
     add_tile,
     bias_pointers,
@@ -24,7 +25,7 @@ from kernels.gpu.attention_scores import (
     load_tile,
     locate,
     next_tile,
-    queries_of,
+    per_query,
     query_limits,
     query_ranges,
     query_runs,
@@ -35,16 +36,16 @@ from kernels.gpu.attention_scores import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_delta_kernel(
-    out, grad_out, lse, grad_lse, delta, lengths, heads, blocks,
+    out, grad_out, lse, grad_lse, delta, lengths, seqlen_q, seqlen_k, query_stride, heads, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(out * grad_out) - grad_lse: what the softmax takes off each score's gradient."""
     program = tl.program_id(0)
     block, sequence_head = program % blocks, program // blocks
     batch, head = sequence_head // heads, sequence_head % heads
-    start_q, _, length_q, _, _ = locate(lengths, batch)
+    start_q, _, length_q, _, _ = locate(lengths, batch, seqlen_q, seqlen_k)
     first = block * BLOCK_M
     if first >= length_q:
         return
@@ -57,11 +58,11 @@ def attention_delta_kernel(
         do = load_tile(do_rows, grad_out.seq, first, length_q, BLOCK_M, D0, D1, HEAD_DIM, True).to(tl.float32)
         total += tl.sum(o * do, 1)
     row = first + tl.arange(0, BLOCK_M)
-    if grad_lse.data is not None:
-        seen = tl.load(queries_of(lse, batch, start_q, head) + row, mask=row < length_q, other=0.0) > float("-inf")
-        given = tl.load(queries_of(grad_lse, batch, start_q, head) + row, mask=(row < length_q) & seen, other=0.0)
-        total -= given
-    tl.store(queries_of(delta, batch, start_q, head) + row, total, mask=row < length_q)
+    place = per_query(lengths, batch, heads, head, start_q, query_stride) + row
+    if grad_lse is not None:
+        seen = tl.load(lse + place, mask=row < length_q, other=0.0) > float("-inf")
+        total -= tl.load(grad_lse + place, mask=(row < length_q) & seen, other=0.0)
+    tl.store(delta + place, total, mask=row < length_q)
 
 
 @triton.jit
@@ -138,10 +139,10 @@ def _walk_queries(
     return dk0, dk1, dv0, dv1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_backward_keys_kernel(
-    q, k, v, grad_out, lse, delta, dq, dk, dv, q0_tiles, q1_tiles, do0_tiles, do1_tiles, lengths, scores, dense,
-    dropout, heads, groups, blocks,
+    q, k, v, grad_out, lse, delta, dq, dk, dv, q0_tiles, q1_tiles, do0_tiles, do1_tiles, lengths, seqlen_q, seqlen_k,
+    query_stride, scores, dense, dropout, heads, groups, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +153,7 @@ def attention_backward_keys_kernel(
     program = tl.program_id(0)
     block, sequence_head = program % blocks, program // blocks
     batch, head = sequence_head // heads, sequence_head % heads
-    start_q, start_k, length_q, length_k, real_k = locate(lengths, batch)
+    start_q, start_k, length_q, length_k, real_k = locate(lengths, batch, seqlen_q, seqlen_k)
     first_key = block * BLOCK_N
     if first_key >= length_k:
         return
@@ -174,12 +175,13 @@ def attention_backward_keys_kernel(
     bounds, place = (length_q, real_k), (batch, head, sequence_head)
     far_left, far_right = far_values(scores, head)
     EXACT: tl.constexpr = lengths.cu_seqlens_q is None
+    place_q = per_query(lengths, batch, heads, head, start_q, query_stride)
     dq_rows = dq
     if dq.data is not None:
         dq_rows = Rows(rows_of(dq, batch, start_q, head), 0, dq.seq, 0)
     queries = (
         rows_of(q, batch, start_q, head), rows_of(grad_out, batch, start_q, head), q.seq, grad_out.seq,
-        queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head),
+        lse + place_q, delta + place_q,
         q0_tiles, q1_tiles, do0_tiles, do1_tiles, (batch if lengths.cu_seqlens_q is None else 0, start_q, head),
     )  # fmt: skip
     dk0, dk1, dv0, dv1 = _walk_queries(
@@ -229,13 +231,13 @@ def score_gradients(
 
 @triton.jit
 def _walk_keys(
-    dq0, dq1, far_sum, q0, q1, do0, do1, keys, run, sums, deltas, first_row, first_position, bounds, place, scores,
+    dq0, dq1, left, right, q0, q1, do0, do1, keys, run, sums, deltas, first_row, first_position, bounds, place, scores,
     dense, grad_dense, dropout, far_left, far_right,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, ADD_UP: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a run of keys gives dq; if ADD_UP, also its scores' gradients, before the turn, to ``far_sum``."""
+    """Adds what a run of keys gives dq; if ADD_UP, also its scores' gradients up, before and from the turn on."""
     start, turn, stop, jump = run
     length_q, length_k = bounds
     batch, head, _ = place
@@ -256,7 +258,9 @@ def _walk_keys(
             far, D1, BLOCK_N, CAUSAL, PARTIAL, PRECISION,
         )  # fmt: skip
         if ADD_UP:
-            far_sum += tl.where(i >= turn, 0.0, tl.sum(ds, 1))
+            row_sums = tl.sum(ds, 1)
+            left += tl.where(i >= turn, 0.0, row_sums)
+            right += tl.where(i >= turn, row_sums, 0.0)
         if grad_dense.data is not None:
             key = n + tl.arange(0, BLOCK_N)[None, :]
             pointers = bias_pointers(grad_dense, batch, head, row[:, None], key)
@@ -267,23 +271,25 @@ def _walk_keys(
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1 > 0:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-    return dq0, dq1, far_sum
+    return dq0, dq1, left, right
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_backward_queries_kernel(
-    q, k, v, grad_out, lse, delta, dq, far_sums, k0_tiles, k1_tiles, v0_tiles, v1_tiles, lengths, scores, dense,
-    grad_dense, dropout, heads, groups, blocks,
+    q, k, v, grad_out, lse, delta, dq, far_sums, k0_tiles, k1_tiles, v0_tiles, v1_tiles, lengths, seqlen_q, seqlen_k,
+    query_stride, scores, dense, grad_dense, dropout, heads, groups, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries; ``far_sums``, where given, the sum of each one's gradients at distances <= -reach."""
+    """dq of a block of queries; and into ``far_sums``, float32 (batch, blocks, heads, 2), where given, what its scores'
+    gradients add up to in whole tiles at distances of at most -reach, and of at least reach.
+    """
     program = tl.program_id(0)
     block, sequence_head = program % blocks, program // blocks
     if CAUSAL:
         block = blocks - 1 - block
     batch, head = sequence_head // heads, sequence_head % heads
-    start_q, start_k, length_q, length_k, real_k = locate(lengths, batch)
+    start_q, start_k, length_q, length_k, real_k = locate(lengths, batch, seqlen_q, seqlen_k)
     first_row = block * BLOCK_M
     if first_row >= length_q:
         return
@@ -299,10 +305,9 @@ def attention_backward_queries_kernel(
     else:
         q1, do1, dq1 = 0.0, 0.0, 0.0
     rows = first_row + tl.arange(0, BLOCK_M)
-    sums, deltas = load_statistics(
-        queries_of(lse, batch, start_q, head), queries_of(delta, batch, start_q, head), rows, length_q, True
-    )
-    far_sum = tl.zeros((BLOCK_M,), tl.float32)
+    place_q = per_query(lengths, batch, heads, head, start_q, query_stride)
+    sums, deltas = load_statistics(lse + place_q, delta + place_q, rows, length_q, True)
+    left, right = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     far_left, far_right = far_values(scores, head)
     b0, b1, b2, b3, b4, b5 = key_ranges(first_position, real_k, scores, BLOCK_M, BLOCK_N, CAUSAL)
     whole, partial = key_runs(b0, b1, b2, b3, b4, b5, scores.window is not None)
@@ -312,13 +317,13 @@ def attention_backward_queries_kernel(
         rows_of(k, batch, start_k, head // groups), rows_of(v, batch, start_k, head // groups), k.seq, v.seq,
         k0_tiles, k1_tiles, v0_tiles, v1_tiles, (batch if lengths.cu_seqlens_k is None else 0, start_k, head // groups),
     )  # fmt: skip
-    dq0, dq1, far_sum = _walk_keys(
-        dq0, dq1, far_sum, q0, q1, do0, do1, keys, whole, sums, deltas, first_row, first_position, bounds, place,
+    dq0, dq1, left, right = _walk_keys(
+        dq0, dq1, left, right, q0, q1, do0, do1, keys, whole, sums, deltas, first_row, first_position, bounds, place,
         scores, dense, grad_dense, dropout, far_left, far_right,
-        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, far_sums.data is not None, EXACT, PRECISION, STAGES,
+        D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, False, far_sums is not None, EXACT, PRECISION, STAGES,
     )  # fmt: skip
-    dq0, dq1, far_sum = _walk_keys(
-        dq0, dq1, far_sum, q0, q1, do0, do1, keys, partial, sums, deltas, first_row, first_position, bounds, place,
+    dq0, dq1, left, right = _walk_keys(
+        dq0, dq1, left, right, q0, q1, do0, do1, keys, partial, sums, deltas, first_row, first_position, bounds, place,
         scores, dense, grad_dense, dropout, 0.0, 0.0,
         D0, D1, HEAD_DIM, BLOCK_M, BLOCK_N, CAUSAL, True, False, EXACT, PRECISION, NEAR_STAGES,
     )  # fmt: skip
@@ -326,5 +331,7 @@ def attention_backward_queries_kernel(
     store_tile(dq_rows, dq.seq, first_row, length_q, dq0 * scores.scale, BLOCK_M, 0, D0, HEAD_DIM)
     if D1 > 0:
         store_tile(dq_rows, dq.seq, first_row, length_q, dq1 * scores.scale, BLOCK_M, D0, D1, HEAD_DIM)
-    if far_sums.data is not None:
-        tl.store(queries_of(far_sums, batch, start_q, head) + rows, far_sum, mask=rows < length_q)
+    if far_sums is not None:
+        mine = far_sums + ((tl.cast(batch, tl.int64) * blocks + first_row // BLOCK_M) * heads + head) * 2
+        tl.store(mine, tl.sum(left, 0))
+        tl.store(mine + 1, tl.sum(right, 0))

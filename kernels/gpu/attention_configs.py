@@ -46,7 +46,6 @@ class Entry:
     config: Config
 
 
-SMALL = Config(64, 32, 4, 1, 1)  # for GPUs that the table does not know
 INTERPRETED = {  # small and unequal, so that tests at small sizes cross many borders
     "forward": Config(32, 16, 4, 1, 1, descriptors=True),
     "keys": Config(16, 32, 4, 1, 1, descriptors=True),
@@ -110,5 +109,11 @@ def choose(kernel: str, bits: int, head_dim: int, features: tuple[str, ...]) -> 
         if fitting:
             return min(fitting, key=lambda row: (row.head_dim, len(row.features))).config
         if arch not in FALLBACK:
-            return SMALL
+            return _small(bits * head_dim)
         arch = FALLBACK[arch]
+
+
+def _small(row_bits: int) -> Config:
+    """For GPUs that the table does not know: tiles of a few KB."""
+    rows = 64 if row_bits <= 1024 else 32 if row_bits <= 2048 else 16
+    return Config(rows, min(rows, 32), 4, 1, 1)

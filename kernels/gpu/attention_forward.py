@@ -8,6 +8,7 @@ import triton.language as tl
 from kernels.gpu.attention_scores import (
     LN2,
     LOG2E,
+    VARYING,
     far_values,
     kept,
     key_limits,
@@ -17,7 +18,7 @@ from kernels.gpu.attention_scores import (
     load_tile,
     locate,
     next_tile,
-    queries_of,
+    per_query,
     rows_of,
     shaped,
     store_tile,
@@ -72,7 +73,9 @@ def _walk(
             if PARTIAL:
                 s = tl.where(within(key, first, last, WINDOWED, True), s, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(s, 1))
-            pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak) if PARTIAL else new_peak
+            # A dense bias may hide keys of its own.
+            HIDDEN: tl.constexpr = PARTIAL or dense.data is not None
+            pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak) if HIDDEN else new_peak
             p = tl.exp2(s - pivot[:, None])
         shrink = tl.exp2(peak - pivot)
         total = total * shrink + tl.sum(p, 1)
@@ -88,9 +91,10 @@ def _walk(
     return acc0, acc1, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
-    q, k, v, out, lse, k0_tiles, k1_tiles, v0_tiles, v1_tiles, lengths, scores, dense, dropout, heads, groups, blocks,
+    q, k, v, out, lse, k0_tiles, k1_tiles, v0_tiles, v1_tiles, lengths, seqlen_q, seqlen_k, query_stride, scores, dense,
+    dropout, heads, groups, blocks,
     D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, NEAR_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +104,7 @@ def attention_forward_kernel(
     if CAUSAL:
         block = blocks - 1 - block  # the longest first
     batch, head = sequence_head // heads, sequence_head % heads
-    start_q, start_k, length_q, length_k, real_k = locate(lengths, batch)
+    start_q, start_k, length_q, length_k, real_k = locate(lengths, batch, seqlen_q, seqlen_k)
     first_row = block * BLOCK_M
     if first_row >= length_q:
         return
@@ -138,7 +142,7 @@ def attention_forward_kernel(
     weight = 1.0 / tl.where(empty, 1.0, total)
     row = first_row + tl.arange(0, BLOCK_M)
     log_sum = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN2)
-    tl.store(queries_of(lse, batch, start_q, head) + row, log_sum, mask=row < length_q)
+    tl.store(lse + per_query(lengths, batch, heads, head, start_q, query_stride) + row, log_sum, mask=row < length_q)
     if dropout.seed is not None:
         weight *= dropout.keep
     out_rows = rows_of(out, batch, start_q, head)

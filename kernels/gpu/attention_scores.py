@@ -16,6 +16,7 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+VARYING = ("seqlen_q", "seqlen_k", "blocks")  # arguments whose values get no kernel of their own
 DROPOUT_ROUNDS: tl.constexpr = tl.constexpr(7)  # the fewest that pass every test of randomness (Salmon et al. 2011)
 
 
@@ -28,22 +29,12 @@ class Rows(NamedTuple):
     head: int
 
 
-class PerQuery(NamedTuple):
-    """A float32 number a query and head: (batch, heads, seqlen_q), or (heads, tokens_q) with batch 0."""
-
-    data: Any
-    batch: int
-    head: int
-
-
 class Lengths(NamedTuple):
-    """``seqlen_q`` and ``seqlen_k`` are the padded lengths, or the longest packed ones."""
+    """All int32: where packed sequences begin, or how many padded keys are real."""
 
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     key_lengths: Any
-    seqlen_q: int
-    seqlen_k: int
 
 
 class Scores(NamedTuple):
@@ -76,7 +67,7 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def locate(lengths, batch):
+def locate(lengths, batch, seqlen_q, seqlen_k):
     """Where sequence ``batch`` starts in packed queries and keys, its two lengths, and how many keys are real."""
     if lengths.cu_seqlens_q is not None:
         start_q = tl.load(lengths.cu_seqlens_q + batch)
@@ -84,10 +75,9 @@ def locate(lengths, batch):
         length_q = tl.load(lengths.cu_seqlens_q + batch + 1) - start_q
         length_k = tl.load(lengths.cu_seqlens_k + batch + 1) - start_k
         return start_q, start_k, length_q, length_k, length_k
-    length_q = tl.cast(lengths.seqlen_q, tl.int32)
-    length_k = tl.cast(lengths.seqlen_k, tl.int32)
+    length_q, length_k = tl.cast(seqlen_q, tl.int32), tl.cast(seqlen_k, tl.int32)
     if lengths.key_lengths is not None:
-        real_k = tl.minimum(tl.load(lengths.key_lengths + batch).to(tl.int32), length_k)
+        real_k = tl.minimum(tl.load(lengths.key_lengths + batch), length_k)
         return 0, 0, length_q, length_k, tl.maximum(real_k, 0)
     return 0, 0, length_q, length_k, length_k
 
@@ -100,8 +90,10 @@ def rows_of(x, batch, start, head):
 
 
 @triton.jit
-def queries_of(x, batch, start, head):
-    return x.data + batch * tl.cast(x.batch, tl.int64) + head * tl.cast(x.head, tl.int64) + start
+def per_query(lengths, batch, heads, head, start, stride):
+    """Where a head's numbers begin in (batch, heads, seqlen_q), or (heads, tokens_q); stride is the last dimension."""
+    row = head if lengths.cu_seqlens_q is not None else batch * heads + head
+    return row * tl.cast(stride, tl.int64) + start
 
 
 @triton.jit
@@ -198,10 +190,10 @@ def round_up(x, MULTIPLE: tl.constexpr):
 def key_ranges(first, length_k, scores, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
     """Cuts the keys that queries at positions ``first`` to ``first + BLOCK_M - 1`` see into runs of tiles.
 
-    Returns bounds b0 <= b1 <= b2 <= b3 <= b4 <= b5. Every pair of [b1, b4) is visible; tiles of [b0, b1) and [b4, b5)
+    Returns bounds b0 <= b1 <= b2 <= b3 <= b4 and b5. Every pair of [b1, b4) is visible; tiles of [b0, b1) and [b4, b5)
     need a mask. With a table, all distances in [b1, b2) are at most -reach, and in [b3, b4) at least reach. Each run
-    begins on a tile's border; the last one ends at a key. With a table and a window, [b1, b4) is empty: windows are
-    narrow.
+    begins on a tile's border; the last one ends at a key, or is empty where b5 < b4. With a table and a window,
+    [b1, b4) is empty: windows are narrow.
     """
     last = first + BLOCK_M - 1
     begin, end, whole_end = tl.cast(0, tl.int32), length_k, length_k
@@ -235,7 +227,7 @@ def query_ranges(
 ):
     """The same for the queries that see some of the keys ``first`` to ``first + BLOCK_N - 1``; offset is p - i.
 
-    Returns b0 <= ... <= b5 as ``key_ranges``, with distances of at least reach in [b1, b2) and at most -reach in
+    Returns b0 to b5 as ``key_ranges``, with distances of at least reach in [b1, b2) and at most -reach in
     [b3, b4). Where the tile of keys runs past their end every pair is masked.
     """
     last = first + BLOCK_N - 1

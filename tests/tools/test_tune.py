@@ -56,7 +56,7 @@ def test_another_table_holds_inside_alone(monkeypatch: pytest.MonkeyPatch) -> No
     other = Config(32, 32, 4, 1, 1)
     with configs.instead_of([Entry("forward", "sm90", 16, 64, (), other)]):
         assert configs.choose("forward", 16, 64, ()) == other
-        assert configs.choose("forward", 16, 128, ()) == configs.SMALL
+        assert configs.choose("forward", 16, 128, ()) == configs._small(2048)
     assert configs.choose("forward", 16, 64, ()) == before
     configs.choose.cache_clear()
 
