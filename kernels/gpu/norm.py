@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.library import operator
-from kernels.gpu.target import INTERPRETED, multiprocessors
+from kernels.gpu.target import INTERPRETED, architecture, multiprocessors
 
 
 @triton.jit
@@ -147,12 +147,12 @@ def _backward(
         mask = (row < rows)[:, None] & inside[None, :]
         at = row[:, None] * width + column[None, :]
         grad, normal, rstd = _load_slope(grad_ptr, x_ptr, statistics_ptr, at, row, mask, rows, CENTER)
-        slope = grad * _load(weight_ptr, column, inside)[None, :]  # each time: the registers are for the sums
-        along = tl.sum(slope * normal, axis=1) / width
-        mean = tl.sum(slope, axis=1) / width if CENTER else along
         grad_weight += grad * normal
         if BIAS:
             grad_bias += grad
+        slope = grad * _load(weight_ptr, column, inside)[None, :]  # each time: the registers are for the sums
+        along = tl.sum(slope * normal, axis=1) / width
+        mean = tl.sum(slope, axis=1) / width if CENTER else along
         _store_input_gradient(
             slope, normal, rstd, along, mean, grad_total_ptr, grad_x_ptr, grad_narrow_ptr, at, mask, CENTER
         )
@@ -237,14 +237,15 @@ def forward_tiling(width: int) -> Tiling:
     return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))
 
 
-def backward_tiling(width: int) -> Tiling:
-    """Sums over rows stay in registers up to 8,192 columns, 16 elements a thread."""
+def backward_tiling(width: int, mixed: bool) -> Tiling:
+    """Sums over rows stay in registers up to 4,096 columns, 8 elements a thread; up to 8,192 where 64 registers do: not
+    for ``mixed`` dtypes, of which each has addresses of its own, nor where every element has."""
     block = triton.next_power_of_2(width)
     if INTERPRETED:
         return Tiling(block <= 256, 16, min(block, 256), 4)
-    if block > 8192:
+    if block > (4096 if mixed or width % 16 else 8192):
         return Tiling(False, 4, 1024, 8)
-    return Tiling(True, max(1, 2048 // block), block, min(max(block // 512, 4), 16))
+    return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))
 
 
 def forward(
@@ -287,22 +288,28 @@ def backward(
     rows, width = statistics.shape[1], x.shape[-1]
     if not x.numel():
         return grad_x, grad_narrow, grad_weight.zero_(), grad_bias.zero_()
-    tiling = backward_tiling(width)
-    # A fixed number of partial sums in a fixed order: the same bits every time.
-    programs = min(triton.cdiv(rows, tiling.rows), multiprocessors() * max(1, 16 // tiling.warps))
+    tiling = backward_tiling(width, mixed=narrow is not None or x.dtype != weight.dtype)
+    # A fixed number of partial sums, added in a fixed order: the same bits every time. Of few rows, few of them.
+    tiles = triton.cdiv(rows, tiling.rows)
+    programs = min(triton.cdiv(tiles, 4), multiprocessors() * (32 // tiling.warps))
     partials = torch.empty(1 + bias, programs, width, dtype=torch.float32, device=x.device)
     kernel = _backward if tiling.whole else _backward_wide
     kernel[(programs,)](
         grad.contiguous(), None if grad_total is None else grad_total.contiguous(), x.contiguous(),
         weight.contiguous(), statistics, grad_x, None if narrow is None else grad_narrow, partials,
         rows, width, CENTER=statistics.shape[0] == 2, BIAS=bias, ROWS=tiling.rows, BLOCK=tiling.block,
-        num_warps=tiling.warps,
+        num_warps=tiling.warps, **_register_limit(tiling),
     )  # fmt: skip
-    block = 256 if INTERPRETED else 32
+    block = 256 if INTERPRETED else 8
     _sum_partials[(triton.cdiv(width, block), 1 + bias)](
-        partials, grad_weight, grad_bias if bias else None, programs, width, ROWS=64, BLOCK=block
+        partials, grad_weight, grad_bias if bias else None, programs, width, ROWS=2048 // block, BLOCK=block
     )
     return grad_x, grad_narrow, grad_weight, grad_bias
+
+
+def _register_limit(tiling: Tiling) -> dict[str, int]:
+    """Left alone, ptxas saves registers for one more block a multiprocessor, and spills a few for it."""
+    return {"maxnreg": 128} if tiling.whole and tiling.warps <= 16 and architecture().startswith("sm") else {}
 
 
 def _backward_shapes(
