@@ -4,6 +4,7 @@ RESULTS ?= docs/gpu
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
+, := ,
 .DELETE_ON_ERROR:
 .PHONY: env demo test test-slow bench lint sanitize gpu gpu-build gpu-test gpu-bench gpu-train
 
@@ -53,13 +54,30 @@ gpu-build:
 	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps $(WHEELS)/*.whl)
 	$(PYTHON) setup.py -q build_ext --inplace
 
+# An interrupt, unlike the end of the time, leaves the results so far in the XML file.
+KERNEL_TESTS = $(filter-out %/test_budgets.py %/test_sampling.py,$(wildcard tests/kernels/test_*.py))
 gpu-test:
 	mkdir -p $(RESULTS)
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py -p no:cacheprovider --junitxml=$(RESULTS)/gpu-test.xml
+	timeout --signal=INT --kill-after=15 450 $(PYTHON) -m pytest -vv -m "not slow" -p no:cacheprovider \
+		--junitxml=$(RESULTS)/gpu-test.xml tests/test_gpu.py $(KERNEL_TESTS)
+
+# $(call measure,FILE,SECONDS,OPERATION): the operation's rows are in FILE as they are measured, so one that hangs or
+# runs out of time leaves those it had, and the next one begins. What failed is listed, and fails the stage at its end.
+measure = timeout --kill-after=5 $(2) $(PYTHON) -m tools.profile $(3) --json $(RESULTS)/$(1).json || echo "$(1) ended with code $$?" >> $(RESULTS)/failed
 
 gpu-bench:
-	mkdir -p $(RESULTS)
-	$(PYTHON) -m tools.profile train --against transformers --json $(RESULTS)/train.json
+	mkdir -p $(RESULTS) && rm -f $(RESULTS)/failed
+	$(call measure,attention_fa3,125,attention --shape fa3 --against cudnn$(,)flash --seconds 0.05)
+	$(call measure,attention_t5,75,attention --shape t5 --against efficient --seconds 0.05)
+	$(call measure,attention_peers,45,attention --shape 4x4096x16x128-causal$(,)4x4096x12x64-t5 --seconds 0.1)
+	$(call measure,norm,30,norm --against eager --seconds 0.05)
+	$(call measure,norm_compiled,30,norm --shape 16384x4096 --seconds 0.1)
+	$(call measure,rotary,25,rotary --shape 16384x4096 --seconds 0.1)
+	$(call measure,activation,25,activation --shape 16384x8192 --seconds 0.1)
+	$(call measure,cross_entropy,30,cross_entropy --shape plain --seconds 0.1)
+	$(call measure,linear_cross_entropy,35,linear_cross_entropy --seconds 0.1)
+	$(call measure,train,55,train --against transformers)
+	@test ! -s $(RESULTS)/failed || { cat $(RESULTS)/failed; exit 1; }
 
 gpu-train:
 	mkdir -p $(RESULTS)

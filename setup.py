@@ -18,8 +18,8 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = [
-    "kernels", "kernels.gpu", "models", "models.chat", "models.families", "models.gguf", "models.vocabularies", "engine", "train",
-    "train.data", "tools", "tools.export", "tools.profile",
+    "kernels", "kernels.gpu", "models", "models.chat", "models.families", "models.gguf", "models.vocabularies", "engine",
+    "train", "train.data", "tools", "tools.export", "tools.profile",
 ]  # fmt: skip
 
 
@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=PACKAGES,
-    package_data={"kernels": ["_C.pyi"]},
+    package_data={"kernels": ["_C.pyi"], "kernels.gpu": ["*.json"], "tools.profile": ["*.json"]},
     ext_modules=[Extension("kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

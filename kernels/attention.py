@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import native_attention, reference
-from kernels.attention_options import RelativeBias, ScoreOptions, score_options
-from kernels.backend import choose
+from kernels.attention_options import RelativeBias, ScoreOptions, score_options, with_dense_bias
+from kernels.backend import TRITON_DEVICE, available, choose, in_autocast_dtype
 
-AVAILABLE = ("torch", "reference")
-AVAILABLE_NATIVE = ("native", *AVAILABLE)  # where native_attention serves the call
+if TRITON_DEVICE is not None:
+    from kernels import triton_attention
 
 
 def attention(
@@ -30,7 +30,9 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     relative_bias: RelativeBias | None = None,
+    bias: Tensor | None = None,
     dropout_p: float = 0.0,
+    deterministic: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -42,7 +44,8 @@ def attention(
             h // (heads // kv_heads).
         causal: aligned bottom-right: query i of a sequence sees keys j <= i + seqlen_k - seqlen_q.
         softmax_scale: 1 / sqrt(head_dim) unless given.
-        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each packed sequence begins, from 0 to tokens.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), where each packed sequence begins, from 0 to tokens. Documents
+            packed into one row of training text are such sequences: none sees another.
         max_seqlen_q, max_seqlen_k: the longest packed sequence; needed when packed.
         key_lengths: int (batch,), how many of the padded keys are real.
         window: a query sees the keys j with |j - p| < window (Mistral, arXiv:2310.06825). Query i stands at key
@@ -52,11 +55,15 @@ def attention(
         alibi_slopes: float32 (heads,), without gradient: a score is lowered by slope * |j - p| (ALiBi,
             arXiv:2108.12409).
         relative_bias: adds a learned number a head and distance j - p to a score (T5, arXiv:1910.10683).
-        dropout_p: drops attention weights; the caller passes 0 outside training.
+        bias: added to the scores of a padded batch, broadcast to (batch, heads, seqlen_q, seqlen_k). Its gradient takes
+            that much memory, in float32.
+        dropout_p: drops attention weights; the caller passes 0 outside training. 1 drops all of them.
+        deterministic: the same gradients bit for bit each time, where a backend has a faster way that is not.
         return_lse: also return the scores' log-sum-exp, float32: (batch, heads, seqlen_q) or packed
             (heads, tokens_q).
-        backend: ``native`` (C++; float32 on a CPU, no dropout, head_dim at most 256, gradients once),
-            ``torch`` (SDPA) or ``reference``; chosen by ``kernels.backend`` unless given.
+        backend: ``triton`` (CUDA; float32, float16 and bfloat16, head_dim at most 256, gradients once), ``native``
+            (C++; float32 on a CPU, no dropout or dense bias, head_dim at most 256, gradients once), ``torch`` (SDPA)
+            or ``reference``; chosen by ``kernels.backend`` unless given.
 
     Returns the output in q's shape and dtype. A query that sees no key gives zeros (lse -inf).
     Raises ValueError when shapes or options contradict each other.
@@ -68,11 +75,25 @@ def attention(
         raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
     _check(q, k, v, packed, key_lengths)
     options = score_options(q.shape[-2], window, softcap, alibi_slopes, relative_bias)
-    native = dropout_p == 0 and native_attention.serves(q, k, v, options)
-    name = choose("attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
+    if bias is not None:
+        options = with_dense_bias(options, bias, q, k, packed)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be from 0 to 1, got {dropout_p}")
+    q, k, v = in_autocast_dtype(q, k, v)
+    triton = TRITON_DEVICE is not None and triton_attention.serves(q, k, v, softmax_scale, dropout_p)
+    native = dropout_p == 0 and bias is None and native_attention.serves(q, k, v, options)
+    name = choose("attention", available(q.device, triton=triton, native=native), backend)
+    lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
     if name == "native":
-        lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
         return native_attention.attention(q, k, v, lengths, causal, softmax_scale, options, return_lse)
+    if name == "triton":
+        longest = (max_seqlen_q, max_seqlen_k) if packed else (q.shape[1], k.shape[1])
+        out, lse = triton_attention.attention(
+            q, k, v, lengths, longest, causal, softmax_scale, options, dropout_p, deterministic
+        )
+        return (out, lse) if return_lse else out
+    if name == "torch" and deterministic and q.is_cuda:
+        name = "reference"  # SDPA's kernels for CUDA add gradients up in any order
     if not packed:
         if name == "torch" and not return_lse:
             return _sdpa(q, k, v, causal, softmax_scale, key_lengths, options, dropout_p)

@@ -81,6 +81,7 @@ class ScoreOptions(NamedTuple):
     softcap: float
     alibi_slopes: Tensor | None
     relative_bias: RelativeBias | None
+    dense_bias: Tensor | None = None  # broadcasts to (batch, heads, seqlen_q, seqlen_k)
 
     @property
     def distance_bias(self) -> Tensor | None:
@@ -107,6 +108,9 @@ class ScoreOptions(NamedTuple):
             slope = self.alibi_slopes.detach().to(dtype)[:, None, None]
             penalty = slope * distance.abs()[:, None]
             bias = -penalty if bias is None else bias - penalty
+        if self.dense_bias is not None:
+            dense = self.dense_bias.to(dtype)
+            bias = dense if bias is None else bias + dense
         return bias
 
 
@@ -130,3 +134,14 @@ def score_options(
     if relative_bias is not None and relative_bias.table.shape[1] != heads:
         raise ValueError(f"the relative bias is for {relative_bias.table.shape[1]} heads, q has {heads}")
     return ScoreOptions(window, softcap, alibi_slopes, relative_bias)
+
+
+def with_dense_bias(options: ScoreOptions | None, bias: Tensor, q: Tensor, k: Tensor, packed: bool) -> ScoreOptions:
+    """The options and a dense bias. Raises ValueError for a packed batch or a bias of another shape."""
+    if packed:
+        raise ValueError("a dense bias belongs to padded batches; packed ones take relative_bias or alibi_slopes")
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    fits = bias.dim() == 4 and all(have in (1, want) for have, want in zip(bias.shape, shape, strict=True))
+    if not fits or not bias.is_floating_point():
+        raise ValueError(f"bias must be floating point and broadcast to {shape}, got {bias.dtype} {tuple(bias.shape)}")
+    return (options or ScoreOptions(None, 0.0, None, None))._replace(dense_bias=bias)

@@ -85,3 +85,12 @@ def _pick_once(operation: str, available: tuple[str, ...], name: str) -> str:
     picked = _pick(operation, available, name)
     logger.info("%s runs on the %s backend", operation, picked)
     return picked
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast wants a product's operands, where it is on; an operator of our own would not be asked."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from kernels.attention_options import ScoreOptions
 
 if TYPE_CHECKING:
+    from kernels.chunked_loss import LossOptions
     from kernels.sampling import SamplingBatch
 
 
@@ -163,6 +165,31 @@ def glu(x: Tensor, activation: str) -> Tensor:
     gate, up = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     functions = {"relu": torch.relu, "silu": lambda x: x * torch.sigmoid(x), "gelu": gelu, "gelu_new": gelu_new}
     return (functions[activation](gate) * up).to(x.dtype)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, z_loss: float, ignore_index: int) -> Tensor:
+    """The summed loss of logits (rows, vocab): see ``kernels.cross_entropy.cross_entropy``."""
+    ignored = labels == ignore_index
+    labels = labels.masked_fill(ignored, 0)
+    # Zeros for what is ignored: no gradient passes, not even of what is no number.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(ignored[:, None], 0.0)
+    surprise = -logits.log_softmax(-1)
+    loss = (1 - label_smoothing) * surprise.gather(-1, labels[:, None])[:, 0]
+    if label_smoothing:
+        loss = loss + label_smoothing * surprise.mean(-1)
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square()
+    return loss.masked_fill(ignored, 0.0).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions
+) -> Tensor:
+    """The same of hidden (rows, dim) before its head: see ``kernels.linear_cross_entropy.linear_cross_entropy``."""
+    logits = linear(hidden * options.scale, weight, bias)
+    if options.softcap:
+        logits = options.softcap * (logits / options.softcap).tanh()
+    return cross_entropy(logits, labels, options.label_smoothing, options.z_loss, options.ignore_index)
 
 
 def sampling_probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.cross_entropy import cross_entropy
+from kernels.linear_cross_entropy import linear_cross_entropy, prefers_chunks
 from models.cache import Cache, Lengths
 from models.config import TransformerConfig
 from models.generation import GenerationConfig
@@ -109,6 +111,18 @@ class Transformer(nn.Module):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    def loss(self, hidden: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+        """Cross-entropy of the decoder's hidden states (..., dim), summed over the labels (...,) that are not -100.
+
+        float32 (); the options are those of ``kernels.cross_entropy``. Where it pays, the logits are never all there.
+        """
+        if not prefers_chunks(hidden, self.lm_head.weight):
+            return cross_entropy(self.logits(hidden), labels, label_smoothing=label_smoothing, z_loss=z_loss)
+        return linear_cross_entropy(
+            hidden, self.lm_head.weight, labels, bias=self.lm_head.bias, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=self.config.logits_softcap, scale=self.config.output_scale,
+        )  # fmt: skip
+
     def decode(self, token_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Hidden states (tokens, dim) of packed new tokens, whose earlier ones ``cache`` holds."""
         return self.decoder(token_ids, positions=positions, cache=cache)
@@ -145,9 +159,18 @@ class DecoderOnly(Transformer):
         inputs_embeds: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor:
-        """Logits (batch, seqlen, vocab) for right-padded token ids, or (tokens, vocab) for packed ones with a cache."""
-        return self.logits(self.decoder(token_ids, inputs_embeds=inputs_embeds, positions=positions, cache=cache))
+        """Logits (batch, seqlen, vocab) for right-padded token ids, or (tokens, vocab) for packed ones with a cache.
+
+        With ``labels`` (batch, seqlen), their ``loss`` instead.
+        """
+        hidden = self.decoder(token_ids, inputs_embeds=inputs_embeds, positions=positions, cache=cache)
+        if labels is not None:
+            return self.loss(hidden, labels, label_smoothing=label_smoothing, z_loss=z_loss)
+        return self.logits(hidden)
 
 
 class EncoderDecoder(Transformer):
@@ -189,24 +212,25 @@ class EncoderDecoder(Transformer):
         encoder_output: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """Logits (batch, seqlen, target_vocab) of the right-padded target ids, given the source.
 
         source_ids is (batch, source_seqlen), right-padded where ``source_lengths`` (batch,) says so; ``inputs_embeds``
-        stands for its embeddings, ``encoder_output`` for the whole encoder. With a cache, target ids are packed.
+        stands for its embeddings, ``encoder_output`` for the whole encoder. With a cache, target ids are packed. With
+        ``labels`` (batch, seqlen), their ``loss`` instead.
         """
         source = Lengths(key_lengths=source_lengths)
         if encoder_output is None and cache is None:
             encoder_output = self.encode(source_ids, source, inputs_embeds=inputs_embeds)
-        return self.logits(
-            self.decoder(
-                target_ids,
-                positions=positions,
-                encoder_output=encoder_output,
-                source_lengths=source,
-                cache=cache,
-            )
+        hidden = self.decoder(
+            target_ids, positions=positions, encoder_output=encoder_output, source_lengths=source, cache=cache
         )
+        if labels is not None:
+            return self.loss(hidden, labels, label_smoothing=label_smoothing, z_loss=z_loss)
+        return self.logits(hidden)
 
 
 def build_model(config: TransformerConfig) -> DecoderOnly | EncoderDecoder:

@@ -53,7 +53,8 @@ class TrainingSection:
         num_epochs: passes over the data. max_steps: stop after so many updates instead.
         learning_rate, schedule, warmup_steps: peak rate, and its course: warm-up, then the schedule.
         weight_decay, beta1, beta2: AdamW's. max_grad_norm: clip above it, 0 = never.
-        label_smoothing: mass spread over the vocabulary in the training loss.
+        label_smoothing: mass spread over the vocabulary in the training loss. z_loss: weight in it of the squared
+            log-sum-exp of a token's logits (1e-4 in PaLM), 0 = none.
         precision: auto is bf16 on CUDA and fp32 on CPU. compile: what torch.compile gets.
         activation_checkpointing: recompute blocks in the backward pass to save memory.
         eval_interval: updates between evaluations, 0 = at the end of each epoch.
@@ -77,6 +78,7 @@ class TrainingSection:
     beta2: float = 0.98
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
     precision: Precision = "auto"
     compile: CompileMode = "none"
     activation_checkpointing: bool = False
@@ -154,7 +156,7 @@ def _check_training(training: TrainingSection) -> None:
     for name in ("batch_size", "accumulation", "num_epochs", "log_interval"):
         if getattr(training, name) < 1:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected at least 1")
-    for name in ("warmup_steps", "eval_interval", "eval_samples", "max_grad_norm", "weight_decay", "seed"):
+    for name in ("warmup_steps", "eval_interval", "eval_samples", "max_grad_norm", "weight_decay", "z_loss", "seed"):
         if getattr(training, name) < 0:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected 0 or more")
     for name, most in (("accumulation", 10_000), ("seed", 2**63 - 1), ("num_epochs", 10**9)):

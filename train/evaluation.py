@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine import LLM, SamplingParams
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
-from train.data.batching import IGNORED, Batch, Collate, lengths_of, plan_validation
+from train.data.batching import Batch, Collate, lengths_of, plan_validation
 from train.data.corpora import Pair
 from train.data.dataset import PairData, TextData
 from train.distributed import Distributed
 
 
-def sum_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
+def sum_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
     """Cross-entropy summed over the batch's target tokens, float32."""
+    # Through forward, which is what DDP and torch.compile wrap.
+    options = {"labels": batch.labels, "label_smoothing": label_smoothing, "z_loss": z_loss}
     if batch.source_ids is None:
-        logits = model(batch.input_ids)
-    else:
-        logits = model(batch.source_ids, batch.input_ids, source_lengths=batch.source_lengths)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum",
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+        return model(batch.input_ids, **options)
+    return model(batch.source_ids, batch.input_ids, source_lengths=batch.source_lengths, **options)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import yaml
 
 from models.config import ConfigError
 from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from train.config import RunConfig, TrainingSection
 from train.distributed import Distributed
 
 CONFIG_FILE = "config.yaml"
@@ -57,6 +57,8 @@ def _refuse_differences(config: RunConfig, folder: Path) -> None:
         old_values = {section: dict(old[section]) for section in ("model", "training", "data")}
     except (yaml.YAMLError, OSError, KeyError, TypeError, ValueError):
         raise ConfigError(f"{folder / CONFIG_FILE} is not a run's config: choose another training.name") from None
+    # A run from before an option existed had its default.
+    old_values["training"] = dataclasses.asdict(TrainingSection()) | old_values["training"]
     new_values = dataclasses.asdict(config)
     free = {"training": FREE_TRAINING_KEYS, "data": FREE_DATA_KEYS, "model": set()}
     for section, values in new_values.items():

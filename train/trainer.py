@@ -125,7 +125,7 @@ class Trainer:
             batch = batch.to(self.distributed.device)
             last = i == len(batches) - 1
             with self._without_sync(last), self._autocast():
-                loss = sum_loss(self.module, batch, self.options.label_smoothing)
+                loss = sum_loss(self.module, batch, self.options.label_smoothing, self.options.z_loss)
                 # DDP averages over ranks: undo that, for the sum is already divided by every rank's tokens.
                 scaled = loss * (self.distributed.world_size / max(num_target_tokens, 1))
                 self.scaler.scale(scaled).backward()

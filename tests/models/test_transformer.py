@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+import kernels.linear_cross_entropy
+import models.transformer
 from kernels.attention_options import AttentionOptions
 from models import EncoderDecoder
 from models.cache import Lengths
@@ -123,3 +126,36 @@ def test_tied_embeddings_share_one_weight() -> None:
     assert model.lm_head.weight is model.decoder.embedding.tokens.weight is model.encoder.embedding.tokens.weight
     apart = tiny_model("encoder_decoder", target_vocab_size=50)
     assert apart.decoder.embedding.tokens.weight is not apart.encoder.embedding.tokens.weight
+
+
+HEADS: list[dict[str, object]] = [{}, {"logits_softcap": 5.0, "output_scale": 0.5, "head_bias": True}]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_labels_turn_logits_into_their_loss(
+    architecture: str, head: dict[str, object], chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.transformer, "prefers_chunks", lambda hidden, weight: chunked)
+    model = tiny_model(architecture, **head)
+    inputs = [torch.randint(60, (2, 7)), torch.randint(60, (2, 5))][-1 if architecture == "decoder_only" else 0 :]
+    labels = torch.randint(60, (2, 5))
+    labels[1, 3:] = -100
+    logits = model(*inputs)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=0.1)
+    expected = expected + 1e-2 * logits.logsumexp(-1)[labels != -100].square().sum()
+    loss = model(*inputs, labels=labels, label_smoothing=0.1, z_loss=1e-2)
+    torch.testing.assert_close(loss, expected)
+    parameters = list(model.parameters())
+    for actual, truth in zip(*(torch.autograd.grad(x, parameters) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_small_vocabulary_or_a_cpu_keeps_its_logits_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def preferences() -> list[bool]:
+        return [models.transformer.prefers_chunks(torch.zeros(2, 8), torch.zeros(n, 8)) for n in (60, 20_000)]
+
+    assert preferences() == [False, False]
+    monkeypatch.setattr(kernels.linear_cross_entropy, "choose", lambda *args, **kwargs: "triton")
+    assert preferences() == [False, True]

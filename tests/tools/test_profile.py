@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tools.profile import load
-from tools.profile.__main__ import Options
-from tools.profile.report import Report, table
+from tools.profile.__main__ import command
+from tools.profile.options import Options
+from tools.profile.report import Report, Table, read
 from tools.profile.timing import interleaved
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,18 +32,34 @@ def test_functions_are_timed_in_turns_and_summarised_by_median_and_spread():
     assert len(calls) > timings["a"].chunks
 
 
-def test_a_table_has_every_column_of_every_row():
-    text = table([{"name": "x", "us": 1.5}, {"name": "longer", "us": 250.0, "ratio": 3.25}])
-    assert text.splitlines() == ["name     us  ratio", "x       1.5      -", "longer  250   3.25"]
+def test_a_table_grows_line_by_line_and_names_its_columns_when_they_change():
+    table = Table({"name": ["longest"]})
+    rows = [{"name": "x", "us": 1.5}, {"name": "longest", "us": 250.0}, {"name": "y", "us": None}, {"ratio": 3.25}]
+    lines = [line for row in rows for line in table.lines(row)]
+    assert lines == ["name      us", "x        1.5", "longest  250", "y          -", "", "ratio", " 3.25"]
 
 
-def test_a_report_ends_with_one_line_of_json(tmp_path):
-    report = Report("sampling", [{"us": 1.5}], failures=["it broke"])
-    last = json.loads(report.text().splitlines()[-1])
-    assert last["rows"] == [{"us": 1.5}]
+def test_a_report_ends_with_one_line_of_json(tmp_path, capsys):
+    report = Report("sampling", ("what",), ("us", "20%", "80%"), hidden=("bytes",), path=tmp_path / "out.json")
+    report.start()
+    report.failures.append("it broke")
+    report.add({"what": "a", "us": 1.5, "20%": 1.0, "80%": 2.0, "bytes": 4})
+    report.finish()
+    lines = capsys.readouterr().out.splitlines()
+    assert "bytes" not in "".join(lines[:-1])
+    last = json.loads(lines[-1])
+    assert last["rows"] == [{"what": "a", "us": 1.5, "20%": 1.0, "80%": 2.0, "bytes": 4}]
     assert last["failures"] == ["it broke"]
-    report.save(tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text()) == last
+    assert read(tmp_path / "out.json") == last
+
+
+def test_a_run_that_is_cut_short_leaves_the_rows_it_had(tmp_path):
+    report = Report("sampling", ("what",), ("us", "20%", "80%"), path=tmp_path / "out.json")
+    report.start()
+    assert read(tmp_path / "out.json")["rows"] == []
+    report.add({"what": "a", "us": 1.5, "20%": 1.0, "80%": 2.0})
+    assert len(read(tmp_path / "out.json")["rows"]) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_sampling_is_measured_and_written_to_a_file(tmp_path):
@@ -62,22 +79,47 @@ def test_sampling_is_measured_and_written_to_a_file(tmp_path):
         ("sampling", "--against", "nobody"),
         ("sampling", "--shape", "7k"),
         ("sampling", "--batch", "x"),
+        ("sampling", "--mode", "forward"),
+        ("attention", "--mode", "sideways"),
+        ("attention", "--dtype", "fp8"),
+        ("attention", "--against", "eager,nobody"),
+        ("attention", "--against", "eager,none"),
+        ("attention", "--shape", "4x0x2x64"),
+        ("attention", "--shape", "4x64"),
+        ("attention", "--seconds", "soon"),
+        ("attention", "--seconds", "-1"),
+        ("attention", "--threads", "5000"),
+        ("attention", "--json", "/no/such/folder/file.json"),
+        ("attention", "--plot", "/no/such/folder/file.png"),
+        ("attention", "--json", "/dev/null"),
+        ("compare", "/no/such/file.json"),
+        ("compare", "pyproject.toml", "pyproject.toml"),
+        ("compare", "--seconds", "/no/such/file.json"),
+        ("plot", "pyproject.toml", "out.png"),
     ],
     ids=" ".join,
 )
-def test_a_name_it_does_not_know_is_refused_in_one_line(arguments):
-    result = profile(*arguments)
+def test_what_it_does_not_know_is_refused_in_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert command(list(arguments)) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    assert any(name in output.err for argument in arguments[1:] or arguments for name in argument.split(","))
+
+
+def test_the_command_ends_with_the_code_of_its_error():
+    result = profile("resampling")
     assert result.returncode == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
-    assert arguments[-1] in result.stderr
 
 
 def test_loading_is_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = load.Shape("gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 200, "n_positions": 64})
     monkeypatch.setattr(load, "SHAPES", {"tiny": tiny})
     monkeypatch.setattr(load, "ROUNDS", 1)
-    report = load.run(Options(against=["transformers"], shapes=[], batches=[], seconds=0.1))
+    report = load.run(Options(against=["transformers"], seconds=0.1))
     assert not report.failures  # the same first token
     assert [row["who"] for row in report.rows] == ["tandem", "transformers"]
     assert all(0 < float(row["first token s"] or 0) < 60 for row in report.rows)

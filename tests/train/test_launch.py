@@ -59,7 +59,13 @@ def test_a_run_leaves_what_the_contract_says(tmp_path: Path) -> None:
         ["training.precision=bf16"],
         ["training.precision=fp16"],
         ["training.accumulation=3", "training.label_smoothing=0.1", "training.activation_checkpointing=true"],
-        ["data.max_tokens=200", "training.schedule=inverse_sqrt", "model.dropout=0.1", "data.num_workers=2"],
+        [
+            "training.z_loss=1e-3",
+            "data.max_tokens=200",
+            "training.schedule=inverse_sqrt",
+            "model.dropout=0.1",
+            "data.num_workers=2",
+        ],
         ["data.task=addition", "data.tokenizer=bpe", "data.vocab_size=270", "model.norm=rmsnorm"],
         [
             "data.task=copy",
@@ -177,6 +183,27 @@ def test_another_run_of_the_same_name_is_refused(tmp_path: Path, capsys: pytest.
     assert "holds a run already" in refused(capsys, *TOY, "training.resume=never", *place)
 
 
+def test_a_run_from_before_an_option_existed_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = launch(tmp_path, *TOY)
+    config = (run / "config.yaml").read_text()
+    assert "  z_loss: 0.0\n" in config
+    (run / "config.yaml").write_text(config.replace("  z_loss: 0.0\n", ""))
+    launch(tmp_path, *TOY, "training.num_epochs=3")
+    assert "resumed at step 8" in capsys.readouterr().out
+
+
+def test_the_training_loss_has_its_z_loss(tmp_path: Path) -> None:
+    first = []
+    for weight in (0, 1):
+        run = launch(tmp_path / str(weight), *TOY, "training.max_steps=1", "training.log_interval=1",
+                     f"training.z_loss={weight}")  # fmt: skip
+        first.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    plain, with_z_loss = (next(line["loss"] for line in lines if "loss" in line) for lines in first)
+    assert with_z_loss > plain + 1  # a new model's log-sum-exp is at least the log of its vocabulary
+    plain, with_z_loss = (next(line["val_loss"] for line in lines if "val_loss" in line) for lines in first)
+    assert with_z_loss < plain + 1
+
+
 @pytest.mark.parametrize("part", ["model.safetensors", "trainer/optimizer.safetensors", "trainer/state.json"])
 def test_a_corrupt_checkpoint_is_not_resumed(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = launch(tmp_path, *TOY)
@@ -205,6 +232,7 @@ def test_a_corrupt_checkpoint_is_not_resumed(part: str, tmp_path: Path, capsys: 
         (["model.heads=7"], "heads"),
         (["training.beta1=2"], "training.beta1"),
         (["training.seed=-1"], "training.seed"),
+        (["training.z_loss=-1e-4"], "training.z_loss"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -1,92 +1,141 @@
-"""`python -m tools.profile OP [--against PEER,PEER] [--shape NAME,NAME] [--batch N,N] [--json FILE]`"""
+"""`python -m tools.profile OP [options]` measures; `compare A.json B.json` and `plot A.json FILE.png` show results."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
-# An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report.
-OPERATIONS = {name: f"tools.profile.{name}" for name in ("load", "sampling", "train")}
+from tools.profile import budget_check, compare, plot
+from tools.profile.ceilings import DTYPES
+from tools.profile.options import MODES, Options, known, listed, numbers
+
+# An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report, which prints its
+# rows as they are measured. OPTIONS are those of SOME that it takes, and "shape"
+# where run() reads the shapes' names itself, and has others than SHAPES; MODES, if there, are fewer than all.
+NAMES = (
+    "attention", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy", "sampling", "load", "train",
+)  # fmt: skip
+OPERATIONS = {name: f"tools.profile.{name}" for name in NAMES}
+SOME = ("batch", "mode", "dtype", "plot", "peer_python")  # options that not every operation takes
+SHOWS = {"compare": compare.main, "plot": plot.main}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to measure; empty lists leave the choice to the operation."""
-
-    against: list[str]
-    shapes: list[str]
-    batches: list[int]
-    seconds: float  # for each thing timed
-    peer_python: str = sys.executable  # what peers in processes of their own run under
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in SHOWS:
+        return SHOWS[arguments[0]](arguments[1:])
     parsed = parse(arguments)
+    if parsed.budget or parsed.update:
+        return budget(parsed)
+    if parsed.operation is None:
+        raise ValueError(f"say what to measure: one of {', '.join(OPERATIONS)}")
+    operation = load(parsed.operation)
+    options = read(parsed, operation)
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
+    report = operation.run(options)
+    report.finish()
+    if parsed.plot:
+        plot.draw(report.operation, report.rows, report.ceilings, parsed.plot)
+    return 1 if report.failures else 0
+
+
+def budget(parsed: argparse.Namespace) -> int:
+    if not parsed.budget:
+        raise ValueError("--update belongs to --budget")
+    given = [name for name in (*SOME, "against", "shape", "threads") if getattr(parsed, name)]
+    if given:
+        raise ValueError(f"--budget takes no --{given[0].replace('_', '-')}")
+    writable("--json", parsed.json)
+    report = budget_check.run(parsed.operation, parsed.update, parsed.json)
+    report.finish()
+    return 1 if report.failures else 0
+
+
+def load(name: str) -> ModuleType:
+    known("operation", [name], OPERATIONS)
+    return import_module(OPERATIONS[name])
+
+
+def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
+    """The options, checked before anything is measured."""
     if not 0 <= parsed.threads <= 1024:
         raise ValueError(f"--threads must be from 0 (torch's own) to 1024, got {parsed.threads}")
     if not 0 < parsed.seconds < 1e6:
         raise ValueError(f"--seconds must be a positive number, got {parsed.seconds}")
-    if parsed.json:
-        parsed.json.open("a").close()  # a folder that is not there should not wait for the figures
-    if parsed.threads:
-        torch.set_num_threads(parsed.threads)
-    operation = load(parsed.operation)
-    options = Options(
-        against=known("peer", parsed.against, list(operation.PEERS)),
-        shapes=known("shape", parsed.shape, list(operation.SHAPES)),
+    for option in SOME:
+        if getattr(parsed, option) and option not in operation.OPTIONS:
+            raise ValueError(f"{parsed.operation} takes no --{option.replace('_', '-')}")
+    writable("--json", parsed.json)
+    writable("--plot", parsed.plot)
+    if parsed.plot:
+        plot.library()  # that it is missing should not come out after the figures
+    shapes = listed(parsed.shape)
+    return Options(
+        against=None if parsed.against is None else peers(parsed.against, operation),
+        shapes=shapes if "shape" in operation.OPTIONS else known("shape", shapes, operation.SHAPES),
         batches=numbers("--batch", parsed.batch),
+        modes=known("mode", listed(parsed.mode), getattr(operation, "MODES", MODES)),
+        dtypes=[DTYPES[name] for name in known("dtype", listed(parsed.dtype), DTYPES)],
         seconds=parsed.seconds,
-        peer_python=parsed.peer_python,
+        json=parsed.json,
+        peer_python=parsed.peer_python or sys.executable,
     )
-    report = operation.run(options)
-    print(report.text())
-    if parsed.json:
-        report.save(parsed.json)
-    return 1 if report.failures else 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.profile", description=__doc__)
-    parser.add_argument("operation", metavar="OP", help="one of " + ", ".join(OPERATIONS))
-    parser.add_argument("--against", default="", metavar="PEER,PEER", help="what to compare with")
-    parser.add_argument("--shape", default="", metavar="NAME,NAME", help="shapes by name; all by default")
-    parser.add_argument("--batch", default="", metavar="N,N", help="batch sizes")
+def peers(text: str, operation: ModuleType) -> list[str]:
+    names = known("peer", listed(text), [*operation.PEERS, "none"])
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"--against none is for none alone, got {text!r}")
+    return [name for name in names if name != "none"]
+
+
+def writable(option: str, path: Path | None) -> None:
+    """A folder that is not there should not wait for the figures."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no such folder")
+    if path is not None and path.exists() and not path.is_file():
+        raise ValueError(f"{option} {path} is not a file")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m tools.profile", description=__doc__)
+    parser.add_argument("operation", metavar="OP", nargs="?", help="one of " + ", ".join(OPERATIONS))
+    parser.add_argument("--against", metavar="PEER,PEER", help="what to compare with; none for nothing")
+    parser.add_argument("--shape", default="", metavar="NAME,NAME", help="shapes by name, or of your own")
+    parser.add_argument("--batch", default="", metavar="N,N", help="batch sizes (sampling, train)")
+    parser.add_argument("--mode", default="", metavar="MODE,MODE", help="of " + ", ".join(MODES))
+    parser.add_argument("--dtype", default="", metavar="DTYPE,DTYPE", help="of " + ", ".join(DTYPES))
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; torch's by default")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
-    parser.add_argument("--peer-python", default=sys.executable, metavar="PATH", help="Python of peers (load)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file")
+    parser.add_argument("--peer-python", metavar="PATH", help="Python of peers (load)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file, row by row")
+    parser.add_argument("--budget", action="store_true", help="what kernels take of a GPU, against budgets.json")
+    parser.add_argument("--update", action="store_true", help="with --budget: write what was found there instead")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the rows")
     return parser.parse_args(arguments)
 
 
-def load(name: str) -> ModuleType:
-    known("operation", name, list(OPERATIONS))
-    return import_module(OPERATIONS[name])
-
-
-def known(kind: str, names: str, allowed: list[str]) -> list[str]:
-    chosen = [name for name in names.split(",") if name]
-    for name in chosen:
-        if name not in allowed:
-            raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(allowed)}")
-    return chosen
-
-
-def numbers(option: str, text: str) -> list[int]:
-    parts = [part for part in text.split(",") if part]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"{option} must be positive integers separated by commas, got {text!r}")
-    return [int(part) for part in parts]
+def command(arguments: list[str]) -> int:
+    """``main``, with what a user can set right as one sentence and exit code 2."""
+    try:
+        return main(arguments)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"tools.profile: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, ImportError, OSError) as error:
-        print(f"tools.profile: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command(sys.argv[1:]))

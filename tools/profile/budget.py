@@ -65,21 +65,29 @@ def compiled(architecture: str) -> Iterator[list[Any]]:
     One architecture a process: Triton and the launchers remember theirs.
     """
     import triton
-    from triton.runtime.jit import JITFunction
 
     from kernels.gpu.target import INTERPRETED
 
     if INTERPRETED:
         raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set")
     triton.runtime.driver.set_active(_Driver(architecture))
+    with launches(compile_only=True) as kernels:
+        yield kernels
+
+
+@contextlib.contextmanager
+def launches(compile_only: bool = False) -> Iterator[list[Any]]:
+    """Yields the list of the kernels that are launched inside, as compiled."""
+    from triton.runtime.jit import JITFunction
+
     run, kernels = JITFunction.run, []
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    def recorded(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=warmup or compile_only, **kwargs)
         kernels.append(kernel)
         return kernel
 
-    JITFunction.run = compile_only
+    JITFunction.run = recorded
     try:
         yield kernels
     finally:

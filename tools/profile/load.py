@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tools.profile.report import Cell, Report
+from tools.profile.machine import Cell
+from tools.profile.report import Report
 
 if TYPE_CHECKING:
-    from tools.profile.__main__ import Options
+    from tools.profile.options import Options
 
 WORKER = Path(__file__).with_name("load_worker.py")
 PEERS = ("transformers", "ctranslate2")
+OPTIONS = ("peer_python",)
 ROUNDS = 7
 
 
@@ -43,25 +45,27 @@ SHAPES = {
 
 
 def run(options: Options) -> Report:
-    rows: list[dict[str, Cell]] = []
-    failures: list[str] = []
+    report = Report("load", ("shape", "who"), ("first token s", "low", "high"), path=options.json)
+    report.start()
     for name in options.shapes or list(SHAPES):
         with tempfile.TemporaryDirectory() as folder:
             seen = measure(SHAPES[name], Path(folder), options)
         firsts = {who: [sample["token"] for sample in samples] for who, samples in seen.items()}
         if len({token for tokens in firsts.values() for token in tokens}) > 1:
-            failures.append(f"{name}: the first tokens differ: {firsts}")
-        rows += [row(name, who, seen) for who in seen]
-    return Report("load", rows, failures=failures)
+            report.failures.append(f"{name}: the first tokens differ: {firsts}")
+        for who in seen:
+            report.add(row(name, who, seen))
+    return report
 
 
 def measure(shape: Shape, folder: Path, options: Options) -> dict[str, list[dict[str, Any]]]:
     """Each contender's samples, taken in turns after one round to warm the file cache."""
     work(options, "tandem")  # a peer's Python that is not one should not wait for a model to be made
-    for peer in options.against:
+    peers = options.against or []
+    for peer in peers:
         work(options, peer)
     make_checkpoint(shape, folder / "model")
-    folders = {"tandem": folder / "model"} | dict.fromkeys(options.against, folder / "model")
+    folders = {"tandem": folder / "model"} | dict.fromkeys(peers, folder / "model")
     if "ctranslate2" in folders:
         folders["ctranslate2"] = folder / "converted"
         work(options, "convert", folder / "model", folder / "converted")

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.sampling import SamplingBatch, sample
-from tools.profile.report import Cell, Report
+from tools.profile.machine import Cell
+from tools.profile.report import Report
 from tools.profile.timing import READ_BYTES, ReadBandwidth, Timing, interleaved
 
 if TYPE_CHECKING:
-    from tools.profile.__main__ import Options
+    from tools.profile.options import Options
 
 SHAPES = {"32k": 32_000, "50k": 50_257, "128k": 128_256}
 BATCHES = [1, 32]
+OPTIONS = ("batch",)
 TEMPERATURE, TOP_K, TOP_P = 0.8, 50, 0.9
 
 Warper = Callable[[Tensor], Tensor]  # logits (rows, vocab) to probabilities
@@ -47,13 +49,14 @@ PEERS: dict[str, Callable[[], Warper]] = {"transformers": transformers_warper}
 
 def run(options: Options) -> Report:
     """Measure every shape at every batch size; a failed check is among the report's failures."""
-    peers = {name: PEERS[name]() for name in options.against}
-    report = Report("sampling", [])
+    peers = {name: PEERS[name]() for name in options.against or ()}
+    report = Report("sampling", ("what", "vocab", "batch"), ("us/row", "20%", "80%"), path=options.json)
+    report.start()
     for shape in options.shapes or SHAPES:
         for batch in options.batches or BATCHES:
-            report.rows.append(measure_filters(SHAPES[shape], batch, peers, options.seconds, report.failures))
+            report.add(measure_filters(SHAPES[shape], batch, peers, options.seconds, report.failures))
     for shape in options.shapes or SHAPES:
-        report.rows.append(measure_greedy(SHAPES[shape], max(options.batches or BATCHES), options.seconds, report))
+        report.add(measure_greedy(SHAPES[shape], max(options.batches or BATCHES), options.seconds, report))
     return report
 
 

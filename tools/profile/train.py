@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import TransformerConfig, build_model
-from tools.profile.report import Cell, Report
+from tools.profile.ceilings import product
+from tools.profile.machine import Cell, default_device
+from tools.profile.report import Report
 from tools.profile.timing import Timing, interleaved
 from train.data.batching import Batch
 from train.evaluation import sum_loss
 from train.optimizer import build_optimizer
 
 if TYPE_CHECKING:
-    from tools.profile.__main__ import Options
+    from tools.profile.options import Options
 
 VOCAB, DIM, HEADS = 256, 256, 8
 GEMM = 2048
@@ -36,29 +38,33 @@ class Shape:
 SHAPES = {"encoder_decoder": Shape(6, encoder_depth=6), "decoder_only": Shape(4)}
 PEERS = ("transformers",)
 BATCHES = [64]
+KEYS = ("shape", "batch", "who")
+OPTIONS = ("batch",)
 
 Loss = Callable[[Batch], Tensor]
 Step = Callable[[], Tensor]
 
 
 def run(options: Options) -> Report:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     torch.set_flush_denormal(True)
-    rows: list[dict[str, Cell]] = []
-    failures: list[str] = []
-    limit = gemm_rate(device)
+    limit = product(device, torch.float32, GEMM)
+    report = Report("train", KEYS, ("step ms", "20%", "80%"), path=options.json)
+    report.ceilings = {"fp32 product GFLOP/s": round(limit / 1e9)}
+    report.start()
     for name in options.shapes or list(SHAPES):
         for size in options.batches or BATCHES:
             shape = SHAPES[name]
             batch = make_batch(shape, size).to(device)
             losses = {"tandem": ours(shape, device)}
-            if "transformers" in options.against:
+            if "transformers" in (options.against or ()):
                 losses["transformers"] = theirs(shape, device)
             steps = {who: stepper(model, loss, batch) for who, (model, loss) in losses.items()}
-            failures += [f"{name}: {who} does not learn" for who, step in steps.items() if not learns(step)]
+            report.failures += [f"{name}: {who} does not learn" for who, step in steps.items() if not learns(step)]
             timings = interleaved(steps, seconds=max(options.seconds, 1.0) * 8)
-            rows += [row(name, who, shape, size, timing, timings, limit) for who, timing in timings.items()]
-    return Report("train", rows, {"fp32 matrix product GFLOP/s": round(limit / 1e9)}, failures)
+            for who, timing in timings.items():
+                report.add(row(name, who, shape, size, timing, timings, limit))
+    return report
 
 
 def row(
@@ -71,7 +77,8 @@ def row(
         "batch": f"{size} x {shape.seqlen}",
         "who": who,
         "step ms": timing.median * 1e3,
-        "20-80%": f"{timing.low * 1e3:.0f}-{timing.high * 1e3:.0f}",
+        "20%": timing.low * 1e3,
+        "80%": timing.high * 1e3,
         "tokens/s": tokens / timing.median,
         "GFLOP/s": rate / 1e9,
         "% of limit": 100 * rate / limit,
@@ -163,10 +170,3 @@ def flops(shape: Shape, size: int) -> float:
         weights += shape.encoder_depth * block + shape.depth * 4 * DIM * DIM
         attentions = shape.encoder_depth + 2 * shape.depth
     return 6.0 * weights * tokens + 12.0 * attentions * tokens * shape.seqlen * DIM
-
-
-def gemm_rate(device: torch.device) -> float:
-    """FLOP/s of a large float32 matrix product: what a step could reach at best."""
-    a, b = (torch.randn(GEMM, GEMM, device=device) for _ in range(2))
-    timing = interleaved({"gemm": lambda: (a @ b)[0, 0].item()}, seconds=1.0)["gemm"]
-    return 2 * GEMM**3 / timing.median

@@ -1,0 +1,147 @@
+"""What `python -m tools.profile OP` measures: tiny shapes, correct rows, the least work counted right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tools.profiling import options
+from tools.profile import (
+    activation,
+    attention,
+    attention_shapes,
+    cross_entropy,
+    linear_cross_entropy,
+    norm,
+    rotary,
+    rows,
+)
+from tools.profile.attention_shapes import SHAPES, Shape, shapes
+from tools.profile.report import read
+
+pytestmark = pytest.mark.usefixtures("cpu_of_known_ceilings")
+
+
+def test_attention_is_measured_forward_and_backward_against_its_peers(tmp_path) -> None:
+    names = ["1x24x2x16", "1x24x2x16-causal", "1x24x2x16-causal-t5", "2x7:24x2x16", "1x24x2x16-t5"]
+    path = tmp_path / "a.json"
+    report = attention.run(options(shapes=names, against=["eager", "math", "flash", "cudnn"], json=path))
+    assert not report.failures
+    assert [row["shape"] for row in report.rows[::12]] == names
+    assert {row["mode"] for row in report.rows} == {"forward", "backward"}
+    timed = [row for row in report.rows if row["ms"] is not None]
+    assert {row["who"] for row in timed} == {"tandem native", "tandem torch", "eager", "math", "flash"}
+    for row in timed:
+        assert 0 < row["20%"] <= row["ms"] <= row["80%"]  # type: ignore[operator]
+        assert 0 <= row["error"] < 1e-5  # type: ignore[operator]
+        assert row["GFLOP/s"] == pytest.approx(row["flops"] / row["ms"] / 1e6)  # type: ignore[operator]
+    assert all(row["x ours"] == 1 for row in timed if row["who"] == "tandem native")
+    assert all(row["note"] for row in report.rows if row["who"] == "cudnn")
+    assert read(path)["rows"] == report.rows
+
+
+def test_attention_in_bfloat16_runs_on_the_backends_that_have_it() -> None:
+    report = attention.run(options(shapes=["1x24x2x16"], dtypes=[torch.bfloat16], modes=["both"]))
+    assert not report.failures
+    assert [row["who"] for row in report.rows] == ["tandem torch", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes", "native"),
+    [
+        (norm, [f"12x48-{kind}" for kind in norm.KINDS], []),
+        (rotary, [f"12x256-{kind}" for kind in rotary.KINDS], ["halves"]),
+        (activation, [f"12x48-{kind}" for kind in activation.KINDS], ["gelu", "gelu_new"]),
+        (cross_entropy, [f"12x50-{kind}" for kind in cross_entropy.KINDS], []),
+        (linear_cross_entropy, ["12x16x50"], []),
+    ],
+)
+def test_an_operation_is_measured_in_all_its_kinds_and_modes(operation, shapes: list[str], native: list[str]) -> None:
+    report = operation.run(options(shapes=shapes))
+    assert not report.failures
+    assert list(dict.fromkeys(row["shape"] for row in report.rows)) == shapes
+    assert all(row["ms"] and row["error"] < 1e-5 for row in report.rows)
+    modes = {"forward", "both"} if operation is linear_cross_entropy else {"forward", "backward"}
+    assert {row["mode"] for row in report.rows} == modes
+    assert {row["who"] for row in report.rows} >= {"tandem torch", "eager"}
+    kinds = {str(row["shape"]).split("-")[-1] for row in report.rows if row["who"] == "tandem native"}
+    assert kinds == set(native)
+
+
+def test_the_bytes_of_an_operation_are_what_it_cannot_help_moving() -> None:
+    def moved(operation, shape: str) -> tuple[float, float]:
+        (report,) = [operation.run(options(shapes=[shape], against=[]))]
+        return tuple(next(row["bytes"] for row in report.rows if row["mode"] == m) for m in ("forward", "backward"))  # type: ignore[return-value]
+
+    one = 12 * 256 * 4
+    assert moved(norm, "12x256-rms_norm") == (2 * one, 3 * one)
+    assert moved(norm, "12x256-layer_norm_add") == (4 * one, 4 * one)
+    assert moved(rotary, "12x256-halves") == (2 * one + 2 * 12 * 64 * 4,) * 2
+    assert moved(activation, "12x256-silu") == (3 * one, 5 * one)
+    assert moved(cross_entropy, "12x256-plain") == (one, 2 * one)
+
+
+def test_rows_fill_more_than_a_cache() -> None:
+    shapes = rows.shapes([], ["a", "b"], "widths")
+    assert [(shape.width, shape.kind) for shape in shapes] == [(w, kind) for kind in "ab" for w in rows.WIDTHS]
+    assert all(shape.rows * shape.width * 4 >= 32 << 20 for shape in shapes)
+    assert rows.shapes(["8x16", "b"], ["a", "b"], "widths", [5], rows=3) == [
+        rows.Rows(8, 16, "a"), rows.Rows(8, 16, "b"), rows.Rows(3, 5, "b"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", [norm, rotary, activation, cross_entropy, linear_cross_entropy])
+@pytest.mark.parametrize("shape", ["widest", "0x5", "5x", "5x5-nothing", "5x5x5x5"])
+def test_shapes_that_are_none_are_refused(operation, shape: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown shape {shape!r}: choose from"):
+        operation.run(options(shapes=[shape]))
+
+
+def test_a_rotary_width_is_whole_heads() -> None:
+    with pytest.raises(ValueError, match="100"):
+        rotary.run(options(shapes=["4x100"]))
+
+
+def test_the_work_of_attention_is_counted_as_papers_count_it() -> None:
+    full, causal = Shape(4, 4096, 4096, 16, 128), Shape(4, 4096, 4096, 16, 128, causal=True)
+    assert full.forward(2).flops == 4 * 4 * 16 * 4096**2 * 128
+    assert causal.forward(2).flops == full.forward(2).flops / 2
+    assert full.backward(2).flops == 2.5 * full.forward(2).flops
+    assert full.forward(2).bytes == 4 * (4 * 4096 * 16 * 128 * 2)
+    assert full.backward(2).bytes == 8 * (4 * 4096 * 16 * 128 * 2)
+    cross = Shape(1, 64, 512, 12, 64)
+    assert cross.forward(4).bytes == 4 * 12 * 64 * (2 * 64 + 2 * 512)
+
+
+def test_the_grid_of_flash_attention_3_is_the_papers() -> None:
+    grid = SHAPES["fa3"]
+    assert len(grid) == 3 * 6 * 2
+    assert {shape.batch * shape.seqlen_q for shape in grid} == {16384}
+    assert {shape.heads * shape.head_dim for shape in grid} == {2048}
+
+
+@pytest.mark.parametrize("preset", SHAPES)
+def test_a_shapes_label_names_it(preset: str) -> None:
+    for shape in SHAPES[preset]:
+        assert shapes([shape.label], on_gpu=False) == [shape]
+
+
+def test_a_cpu_and_a_gpu_have_shapes_of_their_own() -> None:
+    assert shapes([], on_gpu=False) == SHAPES["small"]
+    assert shapes([], on_gpu=True) == [*SHAPES["fa3"], *SHAPES["t5"]]
+
+
+def test_peers_that_write_all_scores_are_left_out_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "memory", lambda device: 1000)
+    report = attention.run(options(shapes=["1x24x2x16"], modes=["forward"], against=["eager", "flash"]))
+    assert {row["who"]: bool(row["note"]) for row in report.rows} == {
+        "tandem native": False,
+        "tandem torch": False,
+        "flash": False,
+        "eager": True,
+    }
+    assert not report.failures
+
+
+def test_shape_parsing_reads_queries_and_keys() -> None:
+    assert attention_shapes.shapes(["2x3:5x4x8-t5"], True) == [Shape(2, 3, 5, 4, 8, t5=True)]
