@@ -231,7 +231,7 @@ def forward_tiling(width: int) -> Tiling:
     """Rows up to 16,384 columns in registers, 8 or 16 elements a thread."""
     block = triton.next_power_of_2(width)
     if INTERPRETED:
-        return Tiling(block <= 256, 16, min(block, 256), 4)
+        return Tiling(block <= 256, 32, min(block, 256), 4)
     if block > 16384:
         return Tiling(False, 1, 4096, 8)
     return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))
@@ -242,7 +242,7 @@ def backward_tiling(width: int, mixed: bool) -> Tiling:
     for ``mixed`` dtypes, of which each has addresses of its own, nor where every element has."""
     block = triton.next_power_of_2(width)
     if INTERPRETED:
-        return Tiling(block <= 256, 16, min(block, 256), 4)
+        return Tiling(block <= 256, 32, min(block, 256), 4)
     if block > (4096 if mixed or width % 16 else 8192):
         return Tiling(False, 4, 1024, 8)
     return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.conftest import DEVICE as DEVICE
+from tests.kernels.conftest import poison as poison
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COMPILERS = ["eager", "aot_eager", "inductor"]
 
 Loss = Callable[..., Tensor]
-
-
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN from here on."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def results(loss: Loss, inputs: Sequence[Tensor], upstream: float = 1.0) -> list[Tensor]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.conftest import DEVICE
+
 COMPILERS = ("eager", "aot_eager", "inductor")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,17 +21,6 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     """Normal numbers on the device under test, the same on every device, with gradient."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
-
-
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on new tensors start as NaN, so that an element nobody writes is seen."""
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def outputs_and_gradients(function: Function, inputs: Sequence[Tensor | None]) -> list[Tensor]:

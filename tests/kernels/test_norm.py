@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from kernels.backend import TRITON_DEVICE
 from kernels.norm import layer_norm, rms_norm
 from tests.kernels import operators
-from tests.kernels.operators import COMPILERS, DEVICE, DTYPES, outputs_and_gradients, randn
+from tests.kernels.conftest import DEVICE, poison
+from tests.kernels.operators import COMPILERS, DTYPES, outputs_and_gradients, randn
 
 EPS = 1e-5
 KINDS = ("rms", "layer", "layer without bias")
@@ -50,7 +51,7 @@ def case(
 def test_the_kernel_is_as_exact_as_torch(
     kind: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operators.poison(monkeypatch)
+    poison(monkeypatch)
     inputs = case(kind, shape, residual=shape[0] != 63, dtypes=(dtype,) * 3)
     operators.assert_as_exact_as_torch(norm(kind, "triton"), norm(kind, "torch"), inputs)
 
@@ -144,6 +145,7 @@ def test_autocast_leaves_the_dtypes_alone() -> None:
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiles_whole(compiler: str, residual: bool) -> None:
