@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm over rows, with the addition that comes before them and the one that comes back.
 
-A row of up to ``WHOLE`` columns is held in registers; a wider one passes twice, the second time from the cache.
-Statistics, sums over rows and all arithmetic are float32.
+A row that fits is held in registers; a wider one is read twice, the second time from the cache. Statistics, sums over
+rows and all arithmetic are float32.
 """
 
 from __future__ import annotations
@@ -248,6 +248,11 @@ def backward_tiling(width: int, mixed: bool) -> Tiling:
     return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))
 
 
+def _registers(most: int, tiling: Tiling) -> dict[str, int]:
+    """What a thread may use: left alone, ptxas spills a few to fit one more block on a multiprocessor."""
+    return {"maxnreg": min(most, 2048 // tiling.warps)} if architecture().startswith("sm") else {}
+
+
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,6 +267,7 @@ def forward(
             x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous(),
             None if bias is None else bias.contiguous(), out, None if residual is None else total, statistics,
             rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, num_warps=tiling.warps,
+            **_registers(128, tiling),
         )  # fmt: skip
     return out, total, statistics
 
@@ -298,18 +304,13 @@ def backward(
         grad.contiguous(), None if grad_total is None else grad_total.contiguous(), x.contiguous(),
         weight.contiguous(), statistics, grad_x, None if narrow is None else grad_narrow, partials,
         rows, width, CENTER=statistics.shape[0] == 2, BIAS=bias, ROWS=tiling.rows, BLOCK=tiling.block,
-        num_warps=tiling.warps, **_register_limit(tiling),
+        num_warps=tiling.warps, **_registers(128 if tiling.whole else 255, tiling),
     )  # fmt: skip
     block = 256 if INTERPRETED else 8
     _sum_partials[(triton.cdiv(width, block), 1 + bias)](
         partials, grad_weight, grad_bias if bias else None, programs, width, ROWS=2048 // block, BLOCK=block
     )
     return grad_x, grad_narrow, grad_weight, grad_bias
-
-
-def _register_limit(tiling: Tiling) -> dict[str, int]:
-    """Left alone, ptxas saves registers for one more block a multiprocessor, and spills a few for it."""
-    return {"maxnreg": 128} if tiling.whole and tiling.warps <= 16 and architecture().startswith("sm") else {}
 
 
 def _backward_shapes(

@@ -83,3 +83,24 @@ def test_triton_comes_last_where_it_is_interpreted_and_takes_three_dtypes() -> N
     assert triton_serves(x, None, x.half(), x.bfloat16())
     assert not triton_serves(x, x.double())
     assert not triton_serves(x.to("meta"))
+
+
+@pytest.mark.skipif(backend.TRITON_DEVICE != "cpu", reason="interpreted kernels only")
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("decoder_only", {"norm_place": "sandwich", "activation": "swiglu"}),
+        ("encoder_decoder", {"norm_place": "post", "norm": "layernorm", "activation": "geglu", "encoder_depth": 1}),
+    ],
+)
+def test_a_model_trains_on_triton_alone(
+    architecture: str, options: dict[str, object], process_choice: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture, depth=1, **options)
+    inputs = [torch.arange(4, 10).view(2, 3)] * (2 if architecture == "encoder_decoder" else 1)
+    results = []
+    for name in ("torch", "triton"):
+        process_choice.setattr(backend, "PROCESS_CHOICE", name)
+        out = model(*inputs)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(model.parameters()))])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
