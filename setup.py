@@ -18,8 +18,8 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = [
-    "kernels", "kernels.gpu", "models", "models.chat", "models.families", "models.gguf", "models.vocabularies", "engine",
-    "train", "train.data", "tools", "tools.export", "tools.profile",
+    "kernels", "kernels.gpu", "models", "models.chat", "models.families", "models.gguf", "models.vocabularies",
+    "engine", "train", "train.data", "tools", "tools.export", "tools.profile",
 ]  # fmt: skip
 
 

@@ -245,3 +245,30 @@ def _penalised(logits: Tensor, batch: SamplingBatch, row: int) -> Tensor:
     count = torch.bincount(output, minlength=logits.shape[0])
     logits = torch.where(seen, repeated, logits)
     return logits - batch.frequency_penalty[row] * count - batch.presence_penalty[row] * (count > 0)
+
+
+def dropout_keeps(seed: int, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """Which weights the Triton attention keeps: bool (batch, heads, seqlen_q, seqlen_k).
+
+    24 bits of Philox4x32 with 7 rounds, key ``seed``, counter (key position, query, batch * heads + head, 0).
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = torch.meshgrid(
+        torch.arange(seqlen_k), torch.arange(seqlen_q), torch.arange(batch * heads), torch.arange(1), indexing="ij"
+    )
+    k0, k1 = seed % (1 << 64) & low, seed % (1 << 64) >> 32
+    for _ in range(7):
+        # The products of two 32-bit numbers, in halves, since int64 holds no more than 63 bits of them.
+        high0, low0 = _product(0xD2511F53, c0)
+        high2, low2 = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    kept = (c0 >> 8) >= round(dropout_p * (1 << 24))
+    return kept[..., 0].permute(2, 1, 0).unflatten(0, (batch, heads))
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of a * b, of numbers below 2^32 in int64."""
+    lower, upper = a * (b & 0xFFFF), a * (b >> 16)
+    middle = (lower >> 16) + upper
+    return middle >> 16, (middle & 0xFFFF) << 16 | lower & 0xFFFF

@@ -7,6 +7,7 @@ Import it after TRITON_INTERPRET is set and before a kernel runs; ``install`` do
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,7 +131,7 @@ def _patch_the_language_once(interpreter: Any) -> None:
         scope = patch(Everywhere)
         running.append(scope)
         try:
-            with np.errstate(all="ignore"):  # a GPU does not warn either
+            with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):  # a GPU does not warn either
                 yield
         finally:
             running.pop()

@@ -5,19 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.backend import TRITON_DEVICE
 from tests.tools.profiling import options
 from tools.profile import (
     activation,
     attention,
     attention_shapes,
+    contenders,
     cross_entropy,
     linear_cross_entropy,
+    measure,
     norm,
     rotary,
     rows,
 )
 from tools.profile.attention_shapes import SHAPES, Shape, shapes
 from tools.profile.report import read
+from tools.profile.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("cpu_of_known_ceilings")
 
@@ -66,6 +70,29 @@ def test_an_operation_is_measured_in_all_its_kinds_and_modes(operation, shapes: 
     assert {row["who"] for row in report.rows} >= {"tandem torch", "eager"}
     kinds = {str(row["shape"]).split("-")[-1] for row in report.rows if row["who"] == "tandem native"}
     assert kinds == set(native)
+
+
+@pytest.mark.skipif(TRITON_DEVICE != "cpu", reason="needs Triton's interpreter")
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [
+        (attention, "1x24x2x16-causal-t5"),
+        (norm, "8x48-rms_norm_add"),
+        (rotary, "4x128-halves"),
+        (activation, "8x48-silu"),
+        (cross_entropy, "8x50-smoothed"),
+        (linear_cross_entropy, "8x16x50"),
+    ],
+)
+def test_triton_kernels_take_part(operation, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "our_backends", lambda *_: ["triton"])
+    monkeypatch.setattr(contenders, "our_backends", lambda *_: ["triton"])
+    monkeypatch.setattr(measure, "interleaved", lambda runs, *_: dict.fromkeys(runs, Timing(1.0, 1.0, 1.0, 1)))
+    report = operation.run(options(shapes=[shape], against=[]))
+    assert not report.failures
+    assert all(row["ms"] == 1000 for row in report.rows)
+    deterministic = {row["mode"] for row in report.rows if row["who"] == "tandem triton, deterministic"}
+    assert deterministic == ({"backward"} if operation is attention else set())
 
 
 def test_the_bytes_of_an_operation_are_what_it_cannot_help_moving() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,9 @@ from tools.profile import rows
 from tools.profile.contenders import Problem, Work, contest
 from tools.profile.measure import OPTIONS as OPTIONS
 from tools.profile.measure import measure
+from tools.profile.options import Options
+from tools.profile.report import Report
 from tools.profile.rows import Rows
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
-    from tools.profile.report import Report
 
 KINDS = ("silu", "gelu", "gelu_new")
 PEERS = ("eager", "compile")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from tools.profile.contenders import OURS, Contender, Problem, chosen, compiled,
 from tools.profile.machine import memory
 from tools.profile.measure import OPTIONS as OPTIONS
 from tools.profile.measure import measure
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
-    from tools.profile.report import Report
+from tools.profile.options import MODES, Options
+from tools.profile.report import Report
 
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -58,7 +56,10 @@ def problem(shape: Shape, device: torch.device, dtype: torch.dtype, against: lis
     inputs: tuple[Tensor, ...] = (q, k, v)
     if shape.t5:
         inputs += (torch.randn(BUCKETS, shape.heads, device=device).to(dtype).requires_grad_(),)
-    everyone = {f"{OURS} {name}": ours(shape, name) for name in our_backends(device, dtype)} | peers(shape)
+    everyone = {f"{OURS} {name}": ours(shape, name) for name in our_backends(device, dtype)}
+    if f"{OURS} triton" in everyone:
+        everyone[f"{OURS} triton, deterministic"] = ours(shape, "triton", deterministic=True)
+    everyone |= peers(shape)
     return Problem(
         dtype,
         inputs,
@@ -69,7 +70,7 @@ def problem(shape: Shape, device: torch.device, dtype: torch.dtype, against: lis
     )
 
 
-def ours(shape: Shape, backend: str) -> Contender:
+def ours(shape: Shape, backend: str, deterministic: bool = False) -> Contender:
     """A model makes its bias of all distances once for all layers: that is not timed, its gradient is."""
 
     def prepare(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> tuple[Any, ...]:
@@ -77,11 +78,11 @@ def ours(shape: Shape, backend: str) -> Contender:
         return q, k, v, bias, None if bias is None else bias.distance_bias
 
     def function(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | None, _: Tensor | None) -> Tensor:
-        out = attention(q, k, v, causal=shape.causal, relative_bias=bias, backend=backend)
+        out = attention(q, k, v, causal=shape.causal, relative_bias=bias, deterministic=deterministic, backend=backend)
         assert isinstance(out, Tensor)
         return out
 
-    return Contender(function, prepare)
+    return Contender(function, prepare, ("backward", "both") if deterministic else MODES)
 
 
 def peers(shape: Shape) -> dict[str, Contender]:
@@ -115,13 +116,14 @@ def dense_bias(shape: Shape, distance_bias: Tensor, masked: bool) -> Tensor:
     """What is added to the scores: (1, heads, seqlen_q, seqlen_k), -inf where a causal mask hides.
 
     Every query's row is a window of one line over all distances, whose gradient is quick to sum, as that of looking
-    each element up is not.
+    each element up is not; it is summed in float32.
     """
     distance = torch.arange(1 - shape.seqlen_k, shape.seqlen_q, device=distance_bias.device)
-    line = distance_bias.index_select(1, distance.clamp(-MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE)
+    wide = distance_bias.to(torch.promote_types(distance_bias.dtype, torch.float32))
+    line = wide.index_select(1, distance.clamp(-MAX_DISTANCE, MAX_DISTANCE) + MAX_DISTANCE)
     if masked:
         line = line.masked_fill(distance > 0, -math.inf)
-    return line.unfold(1, shape.seqlen_k, 1).flip(1)[None]
+    return line.unfold(1, shape.seqlen_k, 1).flip(1)[None].to(distance_bias.dtype)
 
 
 def writes_scores(shape: Shape, q: Tensor, *others: Tensor) -> tuple[Any, ...]:

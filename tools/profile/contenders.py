@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import available
+from tools.profile.options import MODES
 
 Outputs = Tensor | tuple[Tensor, ...]
 OutputsT = TypeVar("OutputsT", bound=Outputs)
@@ -22,11 +23,13 @@ OURS = "tandem"  # ours are called "tandem triton" and the like, after their bac
 class Contender:
     """One implementation. function takes the problem's inputs, or what ``prepare`` makes of them.
 
-    prepare: what a model does once for many calls, and what is therefore not timed. It carries gradients.
+    prepare: what a model does once for many calls, and what is therefore not timed. It carries gradients. modes: those
+    in which it differs from others.
     """
 
     function: Callable[..., Outputs]
     prepare: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs
+    modes: tuple[str, ...] = MODES
 
 
 @dataclass(frozen=True)

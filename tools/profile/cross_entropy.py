@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from tools.profile import rows
 from tools.profile.contenders import Problem, Work, contest
 from tools.profile.measure import OPTIONS as OPTIONS
 from tools.profile.measure import measure
+from tools.profile.options import Options
+from tools.profile.report import Report
 from tools.profile.rows import Rows
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
-    from tools.profile.report import Report
 
 VOCABULARIES = (32_000, 50_257, 128_256, 256_000)
 GPU_ROWS = 4096

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +17,8 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from tools.profile.contenders import Problem, Work, contest
 from tools.profile.measure import OPTIONS as OPTIONS
 from tools.profile.measure import measure
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
-    from tools.profile.report import Report
+from tools.profile.options import Options
+from tools.profile.report import Report
 
 
 @dataclass(frozen=True)

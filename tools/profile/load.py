@@ -9,15 +9,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tools.profile.machine import Cell
+from tools.profile.options import Options
 from tools.profile.report import Report
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
 
 WORKER = Path(__file__).with_name("load_worker.py")
 PEERS = ("transformers", "ctranslate2")

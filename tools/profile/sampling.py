@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,11 +16,9 @@ from torch import Tensor
 from kernels import reference
 from kernels.sampling import SamplingBatch, sample
 from tools.profile.machine import Cell
+from tools.profile.options import Options
 from tools.profile.report import Report
 from tools.profile.timing import READ_BYTES, ReadBandwidth, Timing, interleaved
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
 
 SHAPES = {"32k": 32_000, "50k": 50_257, "128k": 128_256}
 BATCHES = [1, 32]

@@ -38,7 +38,7 @@ def interleaved(
     `seconds` is how long each may take in all, warm-up aside; nine rounds are made in any case. On a CUDA `device` it
     is the GPU's time that counts, from a cold L2 cache.
     """
-    sampler = CudaSampler if device is not None and device.type == "cuda" else cpu_sampler
+    sampler = CudaClock().sampler if device is not None and device.type == "cuda" else cpu_sampler
     samplers = {name: sampler(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     deadline = time.perf_counter() + seconds * len(functions)
@@ -62,40 +62,36 @@ def cpu_sampler(function: Function) -> Sampler:
     return lambda: _time_chunk(function, calls)
 
 
-class CudaSampler:
-    """Warms the function up and times single calls between two events of the GPU.
+class CudaClock:
+    """Times single calls between two events of the GPU.
 
     Before each call a buffer is written, which flushes the L2 cache and keeps the GPU busy until the call's kernels are
     all queued: what the host takes to queue them is not in the figure. A figure carries one or two microseconds of the
     events' own, so operations are given work for 20 microseconds and more.
     """
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self.buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sampler(self, function: Function) -> Sampler:
+        """Warms the function up and finds how many flushes cover the host's time."""
         for _ in range(3):
             function()
         torch.cuda.synchronize()
-        self.flushes = 1
-        flush = self._seconds(lambda: None, self._flush)
+        flush = self._seconds(0, self.buffer.zero_)
         queueing = time.perf_counter()
         function()
         queueing = time.perf_counter() - queueing
         torch.cuda.synchronize()
-        self.flushes = 1 + int(1.5 * queueing / flush)
+        flushes = 1 + int(1.5 * queueing / flush)
+        return lambda: self._seconds(flushes, function)
 
-    def __call__(self) -> float:
-        return self._seconds(self._flush, self.function)
-
-    def _flush(self) -> None:
-        for _ in range(self.flushes):
+    def _seconds(self, flushes: int, function: Function) -> float:
+        for _ in range(flushes):
             self.buffer.zero_()
-
-    def _seconds(self, before: Function, timed: Function) -> float:
-        before()
         self.start.record()
-        timed()
+        function()
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end) / 1e3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,12 @@ from torch.nn import functional as F
 from models import TransformerConfig, build_model
 from tools.profile.ceilings import product
 from tools.profile.machine import Cell, default_device
+from tools.profile.options import Options
 from tools.profile.report import Report
 from tools.profile.timing import Timing, interleaved
 from train.data.batching import Batch
 from train.evaluation import sum_loss
 from train.optimizer import build_optimizer
-
-if TYPE_CHECKING:
-    from tools.profile.options import Options
 
 VOCAB, DIM, HEADS = 256, 256, 8
 GEMM = 2048
