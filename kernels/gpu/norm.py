@@ -219,21 +219,31 @@ def _sum_partials(
 
 
 class Tiling(NamedTuple):
-    """How a program walks its rows: tiles of ``rows`` by ``block`` columns, all of them if it is ``whole``."""
+    """How a program walks its rows: tiles of ``rows`` by ``block`` columns, all of them if it is ``whole``.
+
+    ``registers`` is what a thread may use: left alone, ptxas spills a few to fit one more block on a multiprocessor.
+    """
 
     whole: bool
     rows: int
     block: int
     warps: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps}
+        if self.registers is not None and architecture().startswith("sm"):
+            options["maxnreg"] = self.registers
+        return options
 
 
 def forward_tiling(width: int) -> Tiling:
-    """Rows up to 16,384 columns in registers, 8 or 16 elements a thread."""
+    """Rows up to 8,192 columns in registers, 8 elements a thread; up to 16,384 unless every element has an address."""
     block = triton.next_power_of_2(width)
     if INTERPRETED:
         return Tiling(block <= 256, 32, min(block, 256), 4)
-    if block > 16384:
-        return Tiling(False, 1, 4096, 8)
+    if block > (8192 if width % 16 else 16384):
+        return Tiling(False, 1, 4096, 8, registers=128)
     return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))
 
 
@@ -244,13 +254,9 @@ def backward_tiling(width: int, mixed: bool) -> Tiling:
     if INTERPRETED:
         return Tiling(block <= 256, 32, min(block, 256), 4)
     if block > (4096 if mixed or width % 16 else 8192):
-        return Tiling(False, 4, 1024, 8)
-    return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))
-
-
-def _registers(most: int, tiling: Tiling) -> dict[str, int]:
-    """What a thread may use: left alone, ptxas spills a few to fit one more block on a multiprocessor."""
-    return {"maxnreg": min(most, 2048 // tiling.warps)} if architecture().startswith("sm") else {}
+        return Tiling(False, 4, 1024, 8, registers=255)
+    warps = min(max(block // 256, 4), 32)
+    return Tiling(True, max(1, 1024 // block), block, warps, registers=min(128, 2048 // warps))
 
 
 def forward(
@@ -266,8 +272,7 @@ def forward(
         kernel[(triton.cdiv(rows, tiling.rows),)](
             x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous(),
             None if bias is None else bias.contiguous(), out, None if residual is None else total, statistics,
-            rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, num_warps=tiling.warps,
-            **_registers(128, tiling),
+            rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, **tiling.options(),
         )  # fmt: skip
     return out, total, statistics
 
@@ -304,7 +309,7 @@ def backward(
         grad.contiguous(), None if grad_total is None else grad_total.contiguous(), x.contiguous(),
         weight.contiguous(), statistics, grad_x, None if narrow is None else grad_narrow, partials,
         rows, width, CENTER=statistics.shape[0] == 2, BIAS=bias, ROWS=tiling.rows, BLOCK=tiling.block,
-        num_warps=tiling.warps, **_registers(128 if tiling.whole else 255, tiling),
+        **tiling.options(),
     )  # fmt: skip
     block = 256 if INTERPRETED else 8
     _sum_partials[(triton.cdiv(width, block), 1 + bias)](
