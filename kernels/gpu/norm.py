@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm over rows, with the addition that comes before them and the one that comes back.
 
-A row of up to ``WHOLE`` columns is held in registers; a wider one passes twice, the second time from the cache.
-Statistics, sums over rows and all arithmetic are float32.
+A row that fits is held in registers; a wider one is read twice, the second time from the cache. Statistics, sums over
+rows and all arithmetic are float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.library import operator
-from kernels.gpu.target import INTERPRETED, multiprocessors
+from kernels.gpu.target import INTERPRETED, architecture, multiprocessors
 
 
 @triton.jit
@@ -147,12 +147,12 @@ def _backward(
         mask = (row < rows)[:, None] & inside[None, :]
         at = row[:, None] * width + column[None, :]
         grad, normal, rstd = _load_slope(grad_ptr, x_ptr, statistics_ptr, at, row, mask, rows, CENTER)
-        slope = grad * _load(weight_ptr, column, inside)[None, :]  # each time: the registers are for the sums
-        along = tl.sum(slope * normal, axis=1) / width
-        mean = tl.sum(slope, axis=1) / width if CENTER else along
         grad_weight += grad * normal
         if BIAS:
             grad_bias += grad
+        slope = grad * _load(weight_ptr, column, inside)[None, :]  # each time: the registers are for the sums
+        along = tl.sum(slope * normal, axis=1) / width
+        mean = tl.sum(slope, axis=1) / width if CENTER else along
         _store_input_gradient(
             slope, normal, rstd, along, mean, grad_total_ptr, grad_x_ptr, grad_narrow_ptr, at, mask, CENTER
         )
@@ -219,32 +219,44 @@ def _sum_partials(
 
 
 class Tiling(NamedTuple):
-    """How a program walks its rows: tiles of ``rows`` by ``block`` columns, all of them if it is ``whole``."""
+    """How a program walks its rows: tiles of ``rows`` by ``block`` columns, all of them if it is ``whole``.
+
+    ``registers`` is what a thread may use: left alone, ptxas spills a few to fit one more block on a multiprocessor.
+    """
 
     whole: bool
     rows: int
     block: int
     warps: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps}
+        if self.registers is not None and architecture().startswith("sm"):
+            options["maxnreg"] = self.registers
+        return options
 
 
 def forward_tiling(width: int) -> Tiling:
-    """Rows up to 16,384 columns in registers, 8 or 16 elements a thread."""
+    """Rows up to 8,192 columns in registers, 8 elements a thread; up to 16,384 unless every element has an address."""
     block = triton.next_power_of_2(width)
     if INTERPRETED:
-        return Tiling(block <= 256, 16, min(block, 256), 4)
-    if block > 16384:
-        return Tiling(False, 1, 4096, 8)
+        return Tiling(block <= 256, 32, min(block, 256), 4)
+    if block > (8192 if width % 16 else 16384):
+        return Tiling(False, 1, 4096, 8, registers=128)
     return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32))
 
 
-def backward_tiling(width: int) -> Tiling:
-    """Sums over rows stay in registers up to 8,192 columns, 16 elements a thread."""
+def backward_tiling(width: int, mixed: bool) -> Tiling:
+    """Sums over rows stay in registers up to 4,096 columns, 8 elements a thread; up to 8,192 where 64 registers do: not
+    for ``mixed`` dtypes, of which each has addresses of its own, nor where every element has."""
     block = triton.next_power_of_2(width)
     if INTERPRETED:
-        return Tiling(block <= 256, 16, min(block, 256), 4)
-    if block > 8192:
-        return Tiling(False, 4, 1024, 8)
-    return Tiling(True, max(1, 2048 // block), block, min(max(block // 512, 4), 16))
+        return Tiling(block <= 256, 32, min(block, 256), 4)
+    if block > (4096 if mixed or width % 16 else 8192):
+        return Tiling(False, 4, 1024, 8, registers=255)
+    warps = min(max(block // 256, 4), 32)
+    return Tiling(True, max(1, 1024 // block), block, warps, registers=min(128, 2048 // warps))
 
 
 def forward(
@@ -260,7 +272,7 @@ def forward(
         kernel[(triton.cdiv(rows, tiling.rows),)](
             x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous(),
             None if bias is None else bias.contiguous(), out, None if residual is None else total, statistics,
-            rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, num_warps=tiling.warps,
+            rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, **tiling.options(),
         )  # fmt: skip
     return out, total, statistics
 
@@ -287,20 +299,21 @@ def backward(
     rows, width = statistics.shape[1], x.shape[-1]
     if not x.numel():
         return grad_x, grad_narrow, grad_weight.zero_(), grad_bias.zero_()
-    tiling = backward_tiling(width)
-    # A fixed number of partial sums in a fixed order: the same bits every time.
-    programs = min(triton.cdiv(rows, tiling.rows), multiprocessors() * max(1, 16 // tiling.warps))
+    tiling = backward_tiling(width, mixed=narrow is not None or x.dtype != weight.dtype)
+    # A fixed number of partial sums, added in a fixed order: the same bits every time. Of few rows, few of them.
+    tiles = triton.cdiv(rows, tiling.rows)
+    programs = min(triton.cdiv(tiles, 4), multiprocessors() * (32 // tiling.warps))
     partials = torch.empty(1 + bias, programs, width, dtype=torch.float32, device=x.device)
     kernel = _backward if tiling.whole else _backward_wide
     kernel[(programs,)](
         grad.contiguous(), None if grad_total is None else grad_total.contiguous(), x.contiguous(),
         weight.contiguous(), statistics, grad_x, None if narrow is None else grad_narrow, partials,
         rows, width, CENTER=statistics.shape[0] == 2, BIAS=bias, ROWS=tiling.rows, BLOCK=tiling.block,
-        num_warps=tiling.warps,
+        **tiling.options(),
     )  # fmt: skip
-    block = 256 if INTERPRETED else 32
+    block = 256 if INTERPRETED else 8
     _sum_partials[(triton.cdiv(width, block), 1 + bias)](
-        partials, grad_weight, grad_bias if bias else None, programs, width, ROWS=64, BLOCK=block
+        partials, grad_weight, grad_bias if bias else None, programs, width, ROWS=2048 // block, BLOCK=block
     )
     return grad_x, grad_narrow, grad_weight, grad_bias
 

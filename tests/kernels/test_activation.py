@@ -1,4 +1,4 @@
-"""gelu in both forms against torch in float64: values, slopes, shapes and CPU paths."""
+"""gelu in both forms and gated activations against torch in float64: values, slopes, shapes, backends and CPU paths."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.activation import gelu, gelu_new
-from tests.kernels.conftest import RunOnPath
+from kernels.activation import gelu, gelu_new, glu
+from kernels.backend import TRITON_DEVICE
+from tests.kernels import operators
+from tests.kernels.conftest import DEVICE, RunOnPath, poison
+from tests.kernels.operators import COMPILERS, DTYPES, outputs_and_gradients, randn
 
+needs_triton = pytest.mark.skipif(TRITON_DEVICE != DEVICE, reason="Triton does not run here")
+GATES = pytest.mark.parametrize("gate", ["relu", "silu", "gelu", "gelu_new"])
 OURS = {"none": gelu, "tanh": gelu_new}
 FORMS = list(OURS)
 
@@ -116,3 +121,121 @@ for ours, form in ((gelu, "none"), (gelu_new, "tanh")):
 @pytest.mark.parametrize("path", ["generic", "avx2", "avx512"])
 def test_each_cpu_path(path: str, run_on_path: RunOnPath) -> None:
     run_on_path(CHECK_PATH, path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_is_the_formula(form: str, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 7).to(dtype)
+    expected = of_torch(form)(x)
+    assert torch.equal(OURS[form](x, backend="torch"), expected)
+    torch.testing.assert_close(
+        OURS[form](x, backend="reference"), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-6
+    )
+
+
+def gated(gate: str, backend: str | None = None) -> Callable[[Tensor], Tensor]:
+    return lambda x: glu(x, gate, backend=backend)  # type: ignore[arg-type]
+
+
+TORCHS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@GATES
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_a_gate_comes_first_and_is_activated(gate: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, 14).to(dtype)
+    expected = TORCHS[gate](x[..., :7]) * x[..., 7:]
+    assert torch.equal(glu(x, gate, backend="torch"), expected)
+    for name in (None, "reference"):
+        tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-6)
+        torch.testing.assert_close(glu(x, gate, backend=name), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("gate", "form"), [("gelu", "none"), ("gelu_new", "tanh")])
+def test_a_gelu_gate_on_a_cpu_is_gelu_in_cpp(gate: str, form: str) -> None:
+    x = torch.randn(3, 14)
+    assert torch.equal(glu(x, gate), OURS[form](x[:, :7]) * x[:, 7:])
+    assert torch.equal(glu(x, gate, backend="native"), glu(x, gate))
+
+
+@needs_triton
+@GATES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (63, 48), (3, 37, 222), (1000, 14), (2, 2600)], ids=str)
+def test_the_kernel_is_as_exact_as_torch(
+    gate: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch)
+    operators.assert_as_exact_as_torch(gated(gate, "triton"), gated(gate, "torch"), [randn(*shape, dtype=dtype)])
+
+
+@needs_triton
+@GATES
+def test_extreme_gates(gate: str) -> None:
+    gates = torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-40, 30.0, -30.0, torch.nan], device=DEVICE)
+    x = torch.cat((gates, torch.full_like(gates, 2))).requires_grad_()
+    results = [outputs_and_gradients(gated(gate, name), [x]) for name in ("triton", "torch")]
+    if gate == "gelu_new":  # torch's own slope is NaN far out
+        results[1][1].nan_to_num_(0)
+        results = [[out, grad.where(gates.abs().repeat(2) < 1e29, 0).nan_to_num(0)] for out, grad in results]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@needs_triton
+def test_the_slope_of_the_tanh_form_stays_finite_far_out() -> None:
+    x = torch.tensor([[1e30, -1e30, 20.0, -20.0, 2.0, 2.0, 2.0, 2.0]], device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(glu(x, "gelu_new", backend="triton").sum(), x)
+    assert grad[0, :4].tolist() == [2, 0, 2, 0]
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 4), (3, 0)], ids=str)
+def test_nothing_to_gate(shape: tuple[int, ...]) -> None:
+    out, grad = outputs_and_gradients(gated("silu", "triton"), [randn(*shape)])
+    assert out.shape == (*shape[:-1], shape[-1] // 2)
+    assert grad.shape == shape
+
+
+@needs_triton
+def test_views_strided_gradients_and_a_second_one() -> None:
+    view = randn(4, 3, 20)[:, :, 2:16].transpose(0, 1)
+    results = [gated("gelu", name)(view) for name in ("triton", "torch")]
+    torch.testing.assert_close(*results)
+    operators.assert_strided_gradients_fit(gated("gelu", "triton"), [randn(4, 3, 14)])
+    operators.assert_no_second_gradient(gated("silu", "triton"), [randn(4, 14)])
+
+
+@needs_triton
+def test_autocast_leaves_a_gates_dtype_alone() -> None:
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert glu(randn(4, 14), "silu", backend="triton").dtype == torch.float32
+        assert glu(randn(4, 14, dtype=torch.float16), "silu", backend="triton").dtype == torch.float16
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_gate_compiles_whole(compiler: str) -> None:
+    operators.assert_compiles(gated("gelu_new", "triton"), [randn(4, 14)], compiler)
+
+
+@needs_triton
+def test_a_gate_exports_and_passes_torchs_own_checks() -> None:
+    x = randn(4, 14).detach()
+    operators.assert_exports(gated("silu", "triton"), [x])
+    torch.library.opcheck(torch.ops.tandem.glu.default, (x, "silu"))
+    torch.library.opcheck(torch.ops.tandem.glu_backward.default, (x[:, :7], x, "silu"))
+
+
+def test_what_cannot_be_gated_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="unknown activation 'tanh' of a gate: choose one of relu, silu, gelu, gelu_new"
+    ):
+        glu(torch.randn(3, 4), "tanh")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"need an even last dimension, got \(3, 5\)"):
+        glu(torch.randn(3, 5), "silu")
+    with pytest.raises(ValueError, match="glu has no native backend here"):
+        glu(torch.randn(3, 4), "silu", backend="native")
+    with pytest.raises(ValueError, match="gelu has no triton backend here"):
+        gelu(torch.randn(3), backend="triton")

@@ -1,14 +1,22 @@
-"""Rotary positions against the plain formula: values, gradients, layouts and CPU paths."""
+"""Rotary positions against the plain formula: values, gradients, layouts, backends and CPU paths."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import native_elementwise, reference
+from kernels.backend import TRITON_DEVICE
 from kernels.rotary import rotate
-from tests.kernels.conftest import RunOnPath
+from tests.kernels import operators
+from tests.kernels.conftest import DEVICE, RunOnPath, poison
+from tests.kernels.operators import COMPILERS, DTYPES, outputs_and_gradients, randn
+
+needs_triton = pytest.mark.skipif(TRITON_DEVICE != DEVICE, reason="Triton does not run here")
+PAIRINGS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 
 # (batch, seqlen, heads, head_dim), or packed (tokens, heads, head_dim)
 SHAPES = [
@@ -120,3 +128,107 @@ for shape in ((2, 9, 3, 80), (5, 2, 14)):
 @pytest.mark.parametrize("path", ["generic", "avx2", "avx512"])
 def test_each_cpu_path(path: str, run_on_path: RunOnPath) -> None:
     run_on_path(CHECK_PATH, path)
+
+
+def rotation(
+    seqlen: int, rotated: int, interleaved: bool, backend: str | None = "triton", offset: int = 3
+) -> Callable[[Tensor], Tensor]:
+    """A rotation as a function of x alone, by the angles of positions ``offset`` and on."""
+    cos, sin = (angles.to(DEVICE) for angles in rotary_angles(torch.arange(seqlen) + offset, rotated))
+    return lambda x: rotate(x, cos, sin, interleaved=interleaved, backend=backend)
+
+
+@PAIRINGS
+def test_a_pair_is_turned_as_a_complex_number_is(interleaved: bool) -> None:
+    x, cos, sin = case((5, 2, 8))
+    pairs = x.unflatten(-1, (4, 2) if interleaved else (2, 4)).movedim(-1 if interleaved else -2, 0)
+    turned = torch.complex(*pairs) * torch.complex(cos, sin)
+    expected = torch.stack((turned.real, turned.imag), dim=-1 if interleaved else -2).flatten(-2)
+    for name in ("torch", "reference"):
+        torch.testing.assert_close(rotate(x, cos, sin, interleaved=interleaved, backend=name), expected)
+
+
+@needs_triton
+@PAIRINGS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rotated"),
+    [((1, 1, 1, 2), 2), ((2, 63, 3, 32), 32), ((3, 5, 2, 80), 80), ((111, 4, 96), 24), ((1000, 1, 20), 12)],
+    ids=str,
+)
+def test_the_kernel_is_as_exact_as_torch(
+    shape: tuple[int, ...], rotated: int, dtype: torch.dtype, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch)
+    ours, torchs = (rotation(shape[-3], rotated, interleaved, name) for name in ("triton", "torch"))
+    operators.assert_as_exact_as_torch(ours, torchs, [randn(*shape, dtype=dtype)])
+    x = randn(*shape, dtype=dtype)
+    assert torch.equal(ours(x)[..., rotated:], x[..., rotated:])
+
+
+@needs_triton
+@PAIRINGS
+@pytest.mark.parametrize("leading", [(2, 9), (18,)], ids=str)
+def test_the_kernel_reads_views_into_a_fused_projection(leading: tuple[int, ...], interleaved: bool) -> None:
+    qkv = randn(*leading, 7, 12)
+    for view in (qkv[..., :4, :], qkv[..., 4:6, :], qkv[..., 6:, 2:], qkv[..., ::2, :].transpose(-3, -2)):
+        ours, torchs = (rotation(view.shape[-3], 8, interleaved, name) for name in ("triton", "torch"))
+        results = [
+            (rotated, *torch.autograd.grad(rotated.sin().sum(), qkv, retain_graph=True))
+            for rotated in (ours(view), torchs(view))
+        ]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("positions", [[[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]], [[5, 6, 7, 8, 9]]], ids=str)
+def test_the_kernel_knows_positions_of_a_sequences_own(positions: list[list[int]]) -> None:
+    x = randn(2, 5, 3, 8)
+    cos, sin = (angles.to(DEVICE) for angles in rotary_angles(torch.tensor(positions), 8))
+    expected = reference.rotate(x, cos, sin)
+    torch.testing.assert_close(rotate(x, cos, sin, backend="triton"), expected, rtol=1e-6, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8), (0, 2, 8)], ids=str)
+def test_nothing_for_the_kernel_to_rotate(shape: tuple[int, ...]) -> None:
+    out, grad = outputs_and_gradients(rotation(shape[-3], 8, False), [randn(*shape)])
+    assert out.shape == grad.shape == shape
+
+
+@needs_triton
+@PAIRINGS
+def test_strided_gradients_and_a_second_one(interleaved: bool) -> None:
+    operators.assert_strided_gradients_fit(rotation(5, 6, interleaved), [randn(2, 5, 3, 8)])
+    operators.assert_no_second_gradient(rotation(5, 6, interleaved), [randn(2, 5, 3, 8)])
+
+
+@needs_triton
+def test_autocast_leaves_the_dtype_alone() -> None:
+    x = randn(5, 3, 8)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(rotation(5, 8, False)(x), rotation(5, 8, False)(x.detach()))
+        assert rotation(5, 8, False)(x).dtype == torch.float32
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiles_whole(compiler: str) -> None:
+    operators.assert_compiles(rotation(5, 6, True), [randn(2, 5, 3, 8)], compiler)
+
+
+@needs_triton
+def test_exports_and_passes_torchs_own_checks() -> None:
+    x, cos, sin = (t.detach().to(DEVICE) for t in case((2, 5, 3, 8)))
+    operators.assert_exports(lambda *args: rotate(*args, backend="triton"), [x, cos, sin])
+    for interleaved in (False, True):
+        torch.library.opcheck(torch.ops.tandem.rotate.default, (x[:, :, :2], cos, sin, interleaved, not interleaved))
+
+
+def test_what_no_kernel_serves_is_refused_by_name() -> None:
+    x, cos, sin = case((2, 5, 3, 8))
+    with pytest.raises(ValueError, match="rotate has no native backend here"):
+        rotate(x, cos, sin, interleaved=True, backend="native")
+    with pytest.raises(ValueError, match="rotate has no triton backend here"):
+        rotate(x, cos.double(), sin.double(), backend="triton")
