@@ -205,8 +205,8 @@ def _query_gradient(
     attention_backward_queries_kernel[(programs,)](
         _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), far_sums,
         *_descriptors(k, v, config.block_n, config), *_lengths(gradient.delta, call), _scores(call),
-        _dense(call.bias, q, call), _dense(dbias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q), *_loop(q, call, config),
-        num_warps=config.warps, num_stages=config.stages,
+        _dense(call.bias, q, call), _dense(dbias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
+        *_loop(q, call, config), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return dq
 
