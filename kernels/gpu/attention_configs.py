@@ -114,6 +114,6 @@ def choose(kernel: str, bits: int, head_dim: int, features: tuple[str, ...]) -> 
 
 
 def _small(row_bits: int) -> Config:
-    """For GPUs that the table does not know: tiles of a few KB."""
-    rows = 64 if row_bits <= 1024 else 32 if row_bits <= 2048 else 16
-    return Config(rows, min(rows, 32), 4, 1, 1)
+    """For GPUs that the table does not know: square tiles of a few KB."""
+    rows = 32 if row_bits <= 2048 else 16
+    return Config(rows, rows, 4, 1, 1)

@@ -77,7 +77,7 @@ def locate(lengths, batch, seqlen_q, seqlen_k):
         return start_q, start_k, length_q, length_k, length_k
     length_q, length_k = tl.cast(seqlen_q, tl.int32), tl.cast(seqlen_k, tl.int32)
     if lengths.key_lengths is not None:
-        real_k = tl.minimum(tl.load(lengths.key_lengths + batch), length_k)
+        real_k = tl.minimum(tl.load(lengths.key_lengths + batch).to(tl.int32), length_k)
         return 0, 0, length_q, length_k, tl.maximum(real_k, 0)
     return 0, 0, length_q, length_k, length_k
 

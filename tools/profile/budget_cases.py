@@ -40,7 +40,7 @@ class Attention:
         call = gpu.Call(
             cu_seqlens_q=bounds,
             cu_seqlens_k=bounds,
-            key_lengths=torch.ones(1, dtype=torch.int64) if self.lengths == "padded" else None,
+            key_lengths=torch.ones(1, dtype=torch.int32) if self.lengths == "padded" else None,
             slopes=torch.ones(4) if self.bias == "alibi" else None,
             table=torch.zeros(4, 257) if self.bias == "table" else None,
             bias=torch.zeros(1, 4, 256, 256, dtype=dtype) if self.bias == "dense" else None,
