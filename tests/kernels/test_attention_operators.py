@@ -50,7 +50,8 @@ def test_operators_pass_torchs_own_checks(kind: str) -> None:
     q, k, v, _ = (x.detach() for x in make())
     table, bias = torch.randn(4, 25, device=DEVICE), torch.randn(1, 4, 20, 20, device=DEVICE)
     options = {"plain": call(), "everything": call(
-        key_lengths=torch.tensor([20, 7], dtype=torch.int32, device=DEVICE), slopes=torch.rand(4, device=DEVICE), table=table, bias=bias,
+        key_lengths=torch.tensor([20, 7], dtype=torch.int32, device=DEVICE), slopes=torch.rand(4, device=DEVICE),
+        table=table, bias=bias,
         seed=torch.ones(1, dtype=torch.int64, device=DEVICE), causal=True, window=9, softcap=3.0, dropout_p=0.2,
     )}.get(kind)  # fmt: skip
     if options is None:
