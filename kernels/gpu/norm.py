@@ -248,15 +248,15 @@ def forward_tiling(width: int) -> Tiling:
 
 
 def backward_tiling(width: int, mixed: bool) -> Tiling:
-    """Sums over rows stay in registers up to 4,096 columns, 8 elements a thread; up to 8,192 where 64 registers do: not
-    for ``mixed`` dtypes, of which each has addresses of its own, nor where every element has."""
+    """Sums over rows stay in registers, 8 elements a thread. For one wide row 64 registers do, up to 8,192 columns; for
+    several rows, ``mixed`` dtypes or addresses of every element's own 128 do, up to 4,096."""
     block = triton.next_power_of_2(width)
     if INTERPRETED:
         return Tiling(block <= 256, 32, min(block, 256), 4)
-    if block > (4096 if mixed or width % 16 else 8192):
+    registers = 128 if block < 1024 or mixed or width % 16 else 64
+    if block > 2**19 // registers:
         return Tiling(False, 4, 1024, 8, registers=255)
-    warps = min(max(block // 256, 4), 32)
-    return Tiling(True, max(1, 1024 // block), block, warps, registers=min(128, 2048 // warps))
+    return Tiling(True, max(1, 1024 // block), block, min(max(block // 256, 4), 32), registers)
 
 
 def forward(
