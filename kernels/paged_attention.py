@@ -66,7 +66,7 @@ def paged_attention(
     _check(q, k_cache, v_cache)
     options = score_options(q.shape[1], window, softcap, alibi_slopes, relative_bias)
     native = _wants_no_gradient(q, k_cache, v_cache, options) and native_attention.serves(q, k_cache, v_cache, options)
-    name = choose("paged_attention", AVAILABLE_NATIVE if native else AVAILABLE, backend)
+    name = choose("paged_attention", AVAILABLE_NATIVE if native else AVAILABLE, backend, has=AVAILABLE_NATIVE)
     if name == "native":
         return native_attention.paged_attention(
             q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, causal, softmax_scale, options

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.library import operator
+from kernels.gpu.library import first_derivative_only, operator
 from kernels.gpu.target import INTERPRETED
 
 
@@ -107,6 +107,6 @@ class Glu(torch.autograd.Function):
         return FORWARD(x, name)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        first_derivative_only("glu")
         return BACKWARD(grad, *ctx.saved_tensors, ctx.name), None

@@ -19,7 +19,7 @@ from kernels.gpu.attention_bias_gradient import attention_bias_gradient_kernel
 from kernels.gpu.attention_configs import Config
 from kernels.gpu.attention_forward import attention_forward_kernel
 from kernels.gpu.attention_scores import DenseBias, Dropout, Lengths, Rows, Scores
-from kernels.gpu.library import operator
+from kernels.gpu.library import first_derivative_only, operator
 from kernels.gpu.target import architecture
 
 MAX_HEAD_DIM = 256
@@ -75,8 +75,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("attention has no second derivative on triton: use backend='torch' for create_graph")
+        first_derivative_only("attention")
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)

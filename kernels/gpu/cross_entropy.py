@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.library import operator
+from kernels.gpu.library import first_derivative_only, operator
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that a row may hold -inf
 
@@ -262,6 +262,5 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("triton cross_entropy has no second derivative: use backend='torch' for create_graph")
+        first_derivative_only("cross_entropy")
         return BACKWARD(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None

@@ -29,6 +29,15 @@ def operator(schema: str, launch: Callable[..., Any], shapes: Callable[..., Any]
     return getattr(torch.ops.tandem, name).default
 
 
+def first_derivative_only(operation: str) -> None:
+    """For the start of a backward pass: raises RuntimeError where its own gradient is asked for, as it has none.
+
+    torch's ``once_differentiable`` would not say so where nothing above needs a gradient.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{operation} has no second derivative on triton: use backend='torch' for create_graph")
+
+
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, which need not be the tensors'."""
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.library import operator
+from kernels.gpu.library import first_derivative_only, operator
 from kernels.gpu.target import INTERPRETED, architecture, multiprocessors
 
 
@@ -358,8 +358,8 @@ class Norm(torch.autograd.Function):
         return out if residual is None else (out, total)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("a norm")
         x, weight, statistics = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.library import operator
+from kernels.gpu.library import first_derivative_only, operator
 from kernels.gpu.target import INTERPRETED
 
 
@@ -91,6 +91,6 @@ class Rotate(torch.autograd.Function):
         return ROTATE(x, cos, sin, interleaved, False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        first_derivative_only("rotate")
         return ROTATE(grad, *ctx.saved_tensors, ctx.interleaved, True), None, None, None

@@ -84,6 +84,5 @@ def assert_no_second_gradient(function: Function, inputs: Sequence[Tensor | None
     assert x is not None
     out = function(*inputs)
     out = out[0] if isinstance(out, tuple) else out
-    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="has no second derivative on triton"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
