@@ -11,6 +11,7 @@ import torch
 import models
 from engine import LLM, BeamSearchParams, SamplingParams
 from kernels.attention import attention
+from kernels.attention_options import RelativeBias
 from tests.conftest import tiny_model
 from train.launch import main
 
@@ -20,18 +21,63 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_the_device_agrees_with_the_reference(causal: bool, dtype: torch.dtype) -> None:
+def test_attention_on_the_device_agrees_with_the_reference(causal: bool, dtype: torch.dtype, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, 111, 4, 64, generator=generator).cuda().to(dtype)
     k, v = (torch.randn(3, 128, 2, 64, generator=generator).cuda().to(dtype) for _ in range(2))
     lengths = torch.tensor([0, 63, 128]).cuda()
     out, expected = (
-        attention(q, k, v, causal=causal, key_lengths=lengths, backend=name) for name in ("torch", "reference")
+        attention(q, k, v, causal=causal, key_lengths=lengths, backend=name) for name in (backend, "reference")
     )
     assert isinstance(out, torch.Tensor)
     torch.testing.assert_close(out, expected, atol=2e-2 if dtype == torch.bfloat16 else 2e-3, rtol=1e-2)
+
+
+def test_attention_forward_and_backward_replay_in_a_cuda_graph() -> None:
+    def step() -> list[torch.Tensor]:
+        bias = RelativeBias(table, 128, bidirectional=True)
+        out = attention(q, k, v, relative_bias=bias, backend="triton")
+        assert isinstance(out, torch.Tensor)
+        return [out, *torch.autograd.grad(out, [q, k, v, table], above)]
+
+    q, k, v, above = (torch.randn(2, 500, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    table = torch.randn(32, 4, device="cuda", requires_grad=True)
+    for x in (q, k, v):
+        x.requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, which a capture may not
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (q, k, v, above):
+            x.normal_()
+    graph.replay()
+    for actual, expected in zip(captured, step(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_the_relative_bias_takes_memory_by_the_length_not_its_square() -> None:
+    used = []
+    for seqlen in (2048, 4096):
+        q, k, v = (torch.randn(1, seqlen, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        table = torch.randn(32, 8, device="cuda", requires_grad=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        bias = RelativeBias(table, 128, bidirectional=True)
+        out = attention(q.requires_grad_(), k, v, relative_bias=bias, backend="triton")
+        assert isinstance(out, torch.Tensor)
+        out.sum().backward()
+        used.append(torch.cuda.max_memory_allocated() - before)
+        del q, k, v, table, bias, out
+    assert used[1] < 2.5 * used[0]
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])

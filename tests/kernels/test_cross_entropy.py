@@ -258,5 +258,5 @@ def test_autocast_leaves_the_dtypes_alone() -> None:
 def test_a_second_derivative_is_refused() -> None:
     logits, labels = make(2, 63)
     logits.requires_grad_()
-    with pytest.raises(RuntimeError, match="cross_entropy has no second derivative on triton: use backend=.torch."):
+    with pytest.raises(RuntimeError, match="cross_entropy has no second derivative on triton"):
         torch.autograd.grad(cross_entropy(logits, labels, backend="triton"), logits, create_graph=True)

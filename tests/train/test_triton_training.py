@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from kernels import backend
 from tests.conftest import tiny_model
@@ -54,3 +56,22 @@ def test_each_steps_loss_is_that_of_the_formulas(name: str, monkeypatch: pytest.
     expected = losses(name, "reference", monkeypatch)
     assert expected[-1] < expected[0]
     assert losses(name, "triton", monkeypatch) == pytest.approx(expected, rel=2e-5)
+
+
+def test_ddp_finds_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "PROCESS_CHOICE", "triton")
+    batch = make_batch(pair=True)
+    gradients = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for wrapped in (False, True):
+            model = tiny_model(**MODELS["T5"]).to(DEVICE).train()  # type: ignore[arg-type]
+            module = DistributedDataParallel(model, gradient_as_bucket_view=True) if wrapped else model
+            sum_loss(module, batch).backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        dist.destroy_process_group()
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) == len(list(model.parameters()))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
