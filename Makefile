@@ -59,7 +59,7 @@ KERNEL_TESTS = $(filter-out %/test_budgets.py %/test_sampling.py,$(wildcard test
 gpu-test:
 	mkdir -p $(RESULTS)
 	timeout --signal=INT --kill-after=15 450 $(PYTHON) -m pytest -vv -m "not slow" -p no:cacheprovider \
-		--junitxml=$(RESULTS)/gpu-test.xml tests/test_gpu.py $(KERNEL_TESTS)
+		--junitxml=$(RESULTS)/gpu-test.xml tests/test_gpu.py tests/train/test_triton_training.py $(KERNEL_TESTS)
 
 # $(call measure,FILE,SECONDS,OPERATION): the operation's rows are in FILE as they are measured, so one that hangs or
 # runs out of time leaves those it had, and the next one begins. What failed is listed, and fails the stage at its end.
