@@ -151,7 +151,9 @@ def test_half_precision_errs_no_more_than_twice_as_much_as_the_formula(
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="too long to interpret")
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 2, 4, 7, 8, 9, 10, 15, 16)], ids=str)
-def test_long_sequences_on_a_gpu(case: Case, times: int = 9) -> None:
+def test_long_sequences_on_a_gpu(case: Case) -> None:
+    times = 9
+
     def longer(lengths: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(n * times for n in lengths)
 
