@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import native_attention, reference
 from kernels.attention_options import RelativeBias, ScoreOptions, score_options, with_dense_bias
-from kernels.backend import TRITON_DEVICE, available, choose, in_autocast_dtype
+from kernels.backend import TRITON_DEVICE, available, check_devices, choose, in_autocast_dtype
 
 if TRITON_DEVICE is not None:
     from kernels import triton_attention
@@ -63,7 +66,8 @@ def attention(
             (heads, tokens_q).
         backend: ``triton`` (CUDA; float32, float16 and bfloat16, head_dim at most 256, gradients once), ``native``
             (C++; float32 on a CPU, no dropout or dense bias, head_dim at most 256, gradients once), ``torch`` (SDPA)
-            or ``reference``; chosen by ``kernels.backend`` unless given.
+            or ``reference``; chosen by ``kernels.backend`` unless given. What SDPA lacks, torch takes from the formula:
+            a soft-cap, the log-sum-exp, deterministic gradients on a GPU.
 
     Returns the output in q's shape and dtype. A query that sees no key gives zeros (lse -inf).
     Raises ValueError when shapes or options contradict each other.
@@ -71,9 +75,16 @@ def attention(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed and None in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         raise ValueError("packed attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and cu_seqlens_q.shape != cu_seqlens_k.shape:
+        got = f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of as many sequences, got {got}")
     if packed and key_lengths is not None:
         raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
+    lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
+    check_devices("attention", q, k, v, bias, alibi_slopes, *lengths)
     _check(q, k, v, packed, key_lengths)
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be a finite number, got {softmax_scale}")
     options = score_options(q.shape[-2], window, softcap, alibi_slopes, relative_bias)
     if bias is not None:
         options = with_dense_bias(options, bias, q, k, packed)
@@ -83,9 +94,11 @@ def attention(
     triton = TRITON_DEVICE is not None and triton_attention.serves(q, k, v, softmax_scale, dropout_p)
     native = dropout_p == 0 and bias is None and native_attention.serves(q, k, v, options)
     name = choose("attention", available(q.device, triton=triton, native=native), backend)
-    lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
     if name == "native":
         return native_attention.attention(q, k, v, lengths, causal, softmax_scale, options, return_lse)
+    if packed:
+        check_packed("q", q, cu_seqlens_q, max_seqlen_q)
+        check_packed("k", k, cu_seqlens_k, max_seqlen_k)
     if name == "triton":
         longest = (max_seqlen_q, max_seqlen_k) if packed else (q.shape[1], k.shape[1])
         out, lse = triton_attention.attention(
@@ -131,12 +144,34 @@ def _check(q: Tensor, k: Tensor, v: Tensor, packed: bool, key_lengths: Tensor | 
             f"q, k, v must be {layout} "
             f"with one head_dim, and k and v alike: got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.shape[-2] % k.shape[-2]:
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"{k.shape[-2]} kv heads do not divide {q.shape[-2]} heads")
     if not packed and q.shape[0] != k.shape[0]:
         raise ValueError(f"q holds {q.shape[0]} sequences and k {k.shape[0]}")
-    if key_lengths is not None and key_lengths.shape != q.shape[:1]:
-        raise ValueError(f"key_lengths must be ({q.shape[0]},), got {tuple(key_lengths.shape)}")
+    if key_lengths is not None and (key_lengths.shape != q.shape[:1] or not _integral(key_lengths)):
+        got = f"{key_lengths.dtype} {tuple(key_lengths.shape)}"
+        raise ValueError(f"key_lengths must be integers ({q.shape[0]},), got {got}")
+
+
+def check_packed(name: str, x: Tensor, cu_seqlens: Tensor | None, longest: int | None) -> None:
+    """Raises ValueError for offsets that are none of x's rows, as far as that is known without waiting for a GPU."""
+    assert cu_seqlens is not None
+    assert longest is not None
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not _integral(cu_seqlens):
+        got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens_{name} must be integers (batch + 1,), got {got}")
+    if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
+        return
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
+    if offsets[0] != 0 or offsets[-1] != x.shape[0] or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens_{name} must rise from 0 to the {x.shape[0]} tokens of {name}, got {offsets}")
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_seqlen_{name} is {longest}, but a sequence has {max(lengths)} tokens")
+
+
+def _integral(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
 
 
 def _sdpa(

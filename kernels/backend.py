@@ -80,6 +80,21 @@ def _pick(operation: str, available: tuple[str, ...], name: str) -> str:
     return name
 
 
+def check_process_choice() -> None:
+    """Raises ValueError where TANDEM_BACKEND names no backend, or one that no tensor of this process could have."""
+    if PROCESS_CHOICE != "auto" and PROCESS_CHOICE not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {PROCESS_CHOICE!r}: choose one of {', '.join(BACKENDS)} or auto")
+    if PROCESS_CHOICE == "triton" and TRITON_DEVICE is None:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is triton, which needs a GPU of compute capability 8.0 and triton")
+
+
+def check_devices(operation: str, first: Tensor, *others: Tensor | None) -> None:
+    """Raises ValueError where the tensors of a call are not on one device."""
+    for x in others:
+        if x is not None and x.device != first.device:
+            raise ValueError(f"{operation} needs its tensors on one device, got {first.device} and {x.device}")
+
+
 @functools.cache
 def _pick_once(operation: str, available: tuple[str, ...], name: str) -> str:
     picked = _pick(operation, available, name)

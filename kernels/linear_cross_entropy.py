@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.backend import TRITON_DEVICE, TRITON_DTYPES, available, choose
+from kernels.backend import TRITON_DEVICE, TRITON_DTYPES, available, check_devices, choose
 from kernels.chunked_loss import ChunkedLoss, LossOptions, Wanted, chunked_loss, loss_of_logits
 from kernels.cross_entropy import BACKENDS, check_options
 
@@ -48,7 +50,10 @@ def linear_cross_entropy(
     Raises ValueError for shapes or options that do not fit.
     """
     check_options(labels, hidden.shape[:-1], label_smoothing, z_loss)
+    check_devices("linear_cross_entropy", hidden, weight, bias, labels)
     _check_shapes(hidden, weight, bias)
+    if not (0 <= softcap < math.inf and math.isfinite(scale)):
+        raise ValueError(f"softcap must be positive, or 0 for none, and scale finite, got {softcap} and {scale}")
     options = LossOptions(label_smoothing, z_loss, softcap, scale, ignore_index)
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     dtype = _product_dtype(hidden)
@@ -78,7 +83,9 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if (
-        weight.dim() != 2
+        hidden.dim() == 0
+        or not hidden.is_floating_point()
+        or weight.dim() != 2
         or weight.shape[1] != hidden.shape[-1]
         or (bias is not None and bias.shape != weight.shape[:1])
     ):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.backend import TRITON_DEVICE, available, choose, triton_serves
+from kernels.backend import TRITON_DEVICE, available, check_devices, choose, triton_serves
 
 if TRITON_DEVICE is not None:
     from kernels.gpu import norm as gpu_norm
@@ -34,11 +34,11 @@ def rms_norm(
         backend: ``triton`` (half precision and float32 on a GPU, gradients once), ``torch`` or ``reference``;
             chosen by ``kernels.backend`` unless given.
 
-    Raises ValueError for a backend that is missing, and ValueError or torch's RuntimeError when shapes do not fit.
+    Raises ValueError for a backend that is missing, and when shapes or dtypes do not fit.
     """
+    _check("rms_norm", x, weight, None, residual)
     name = choose("rms_norm", _available(x, weight, None, residual), backend, has=BACKENDS)
     if name == "triton":
-        _check(x, weight, None, residual)
         return gpu_norm.Norm.apply(x, residual, weight, None, eps, False)
     norm = reference.rms_norm if name == "reference" else _rms_norm
     if residual is None:
@@ -69,9 +69,9 @@ def layer_norm(
     bias is (width,) or None. Where x's dtype is not weight's, torch on a CPU goes its own way: it takes bfloat16 x
     with float32 weight, and returns bfloat16.
     """
+    _check("layer_norm", x, weight, bias, residual)
     name = choose("layer_norm", _available(x, weight, bias, residual), backend, has=BACKENDS)
     if name == "triton":
-        _check(x, weight, bias, residual)
         return gpu_norm.Norm.apply(x, residual, weight, bias, eps, True)
     norm = reference.layer_norm if name == "reference" else _layer_norm
     if residual is None:
@@ -80,7 +80,12 @@ def layer_norm(
     return norm(total, weight, bias, eps), total
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def _check(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    check_devices(operation, x, weight, bias, residual)
+    if x.dim() == 0 or not (x.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(
+            f"{operation} needs floating point x (..., width) and weight, got {x.dtype} and {weight.dtype}"
+        )
     if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
         given = [tuple(parameter.shape) for parameter in (weight, bias) if parameter is not None]
         raise ValueError(f"the parameters of a norm over {tuple(x.shape)} must be ({x.shape[-1]},), got {given}")

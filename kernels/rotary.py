@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import native_elementwise as native
 from kernels import reference
-from kernels.backend import TRITON_DEVICE, available, choose, triton_serves
+from kernels.backend import TRITON_DEVICE, available, check_devices, choose, triton_serves
 
 if TRITON_DEVICE is not None:
     from kernels.gpu import rotary as gpu_rotary
@@ -28,8 +28,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, ba
             halves, the same angles for every sequence, gradients once), ``torch`` or ``reference``; chosen by
             ``kernels.backend`` unless given.
 
-    Raises ValueError for a backend that is missing.
+    Raises ValueError for a backend that is missing, and for angles that are not x's.
     """
+    _check(x, cos, sin)
     name = choose("rotate", _available(x, cos, sin, interleaved), backend)
     if name == "triton":
         return gpu_rotary.Rotate.apply(x, cos, sin, interleaved)
@@ -38,21 +39,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, ba
     return reference.rotate(x, cos, sin, interleaved=interleaved)
 
 
+def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_devices("rotate", x, cos, sin)
+    fits = (
+        x.dim() in (3, 4)
+        and x.is_floating_point()
+        and cos.shape == sin.shape
+        and cos.shape[-2:-1] == (1,)
+        and 2 * cos.shape[-1] <= x.shape[-1]
+        and cos.dim() <= x.dim()
+        and all(have in (1, want) for have, want in zip(cos.shape[-3::-1], x.shape[-3::-1], strict=False))
+    )
+    if not fits:
+        raise ValueError(
+            "rotate needs x ([batch,] seqlen, heads, head_dim) and angles (seqlen, 1, at most head_dim / 2), "
+            f"got {x.dtype} {tuple(x.shape)}, {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+
+
 def _available(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[str, ...]:
-    on_gpu = triton_serves(x, cos, sin) and _fits_triton(x, cos, sin)
+    on_gpu = triton_serves(x, cos, sin) and _fits_triton(cos, sin)
     on_cpu = not interleaved and native.serves(x, cos, sin) and _fits(x, cos)
     return available(x.device, triton=on_gpu, native=on_cpu)
 
 
-def _fits_triton(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    return (
-        x.dim() in (3, 4)
-        and cos.dtype == sin.dtype == torch.float32
-        and cos.shape == sin.shape
-        and cos.shape[-2:-1] == (1,)
-        and 0 < 2 * cos.shape[-1] <= x.shape[-1]
-        and torch.broadcast_shapes(cos.shape[:-2], x.shape[:-2]) == x.shape[:-2]
-    )
+def _fits_triton(cos: Tensor, sin: Tensor) -> bool:
+    return cos.dtype == sin.dtype == torch.float32 and cos.shape[-1] > 0
 
 
 def _fits(x: Tensor, cos: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ def _check_training(training: TrainingSection) -> None:
         if getattr(training, name) < 1:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected at least 1")
     for name in ("warmup_steps", "eval_interval", "eval_samples", "max_grad_norm", "weight_decay", "z_loss", "seed"):
-        if getattr(training, name) < 0:
+        if not 0 <= getattr(training, name) < math.inf:
             raise ConfigError(f"training.{name} is {getattr(training, name)}: expected 0 or more")
     for name, most in (("accumulation", 10_000), ("seed", 2**63 - 1), ("num_epochs", 10**9)):
         if getattr(training, name) > most:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from kernels.backend import check_process_choice
 from models.config import ConfigError
 from models.files import CheckpointError
 from train import distributed
@@ -31,6 +32,10 @@ def mistakes_in_one_line() -> Iterator[None]:
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING, format="%(message)s"
     )
+    try:
+        check_process_choice()
+    except ValueError as error:
+        fail(error)
     try:
         yield
     except (ConfigError, CheckpointError, DivergenceError, OSError) as error:

@@ -390,3 +390,30 @@ for n, m, d, heads in ((40, 70, 20, 3), (1, 130, 64, 1)):
 @pytest.mark.parametrize("path", CPU_PATHS)
 def test_each_cpu_path(path: str, run_on_path: RunOnPath) -> None:
     run_on_path(CHECK_PATH, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cu_seqlens_q": torch.tensor([0, 3, 5])}, "of as many sequences"),
+        ({"cu_seqlens_k": torch.tensor([0.0, 5.0])}, "must be integers"),
+        ({"cu_seqlens_k": torch.tensor([0, 4])}, "must rise from 0 to the 5 tokens of k"),
+        ({"max_seqlen_q": 4}, "max_seqlen_q is 4, but a sequence has 5 tokens"),
+        ({"softmax_scale": float("nan")}, "softmax_scale must be a finite number"),
+    ],
+    ids=str,
+)
+def test_packed_lengths_that_do_not_fit_are_refused(changes: dict[str, object], said: str) -> None:
+    q = torch.randn(5, 2, 8)
+    bounds = torch.tensor([0, 5])
+    given = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 5, "max_seqlen_k": 5} | changes
+    with pytest.raises(ValueError, match=said):
+        attention(q, q, q, backend="torch", **given)
+
+
+def test_tensors_elsewhere_and_lengths_of_no_kind_are_refused() -> None:
+    q, k, v = Case(5, 5).inputs()
+    with pytest.raises(ValueError, match="on one device, got cpu and meta"):
+        attention(q, k, v, bias=torch.zeros(1, 1, 5, 5, device="meta"))
+    with pytest.raises(ValueError, match="key_lengths must be integers"):
+        attention(q, k, v, key_lengths=torch.ones(3))

@@ -104,3 +104,17 @@ def test_a_model_trains_on_triton_alone(
         out = model(*inputs)
         results.append([out, *torch.autograd.grad(out.sin().sum(), list(model.parameters()))])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["nonsense", " torch"])
+def test_a_choice_that_is_no_backend_is_one_sentence(choice: str, process_choice: pytest.MonkeyPatch) -> None:
+    process_choice.setattr(backend, "PROCESS_CHOICE", choice)
+    with pytest.raises(ValueError, match="TANDEM_BACKEND is '.*': choose one of triton, native"):
+        backend.check_process_choice()
+
+
+def test_triton_for_a_process_that_cannot_run_it_is_one_sentence(process_choice: pytest.MonkeyPatch) -> None:
+    process_choice.setattr(backend, "PROCESS_CHOICE", "triton")
+    process_choice.setattr(backend, "TRITON_DEVICE", None)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        backend.check_process_choice()

@@ -232,3 +232,15 @@ def test_what_no_kernel_serves_is_refused_by_name() -> None:
         rotate(x, cos, sin, interleaved=True, backend="native")
     with pytest.raises(ValueError, match="rotate has no triton backend here"):
         rotate(x, cos.double(), sin.double(), backend="triton")
+
+
+def test_angles_that_are_not_the_tokens_are_refused() -> None:
+    x, cos, sin = case((2, 5, 3, 8))
+    for angles in (
+        (cos[:4], sin[:4]),
+        (cos, sin[..., :2]),
+        (torch.ones(5, 1, 5), torch.ones(5, 1, 5)),
+        (cos[:, 0], sin),
+    ):
+        with pytest.raises(ValueError, match="rotate needs x"):
+            rotate(x, *angles)

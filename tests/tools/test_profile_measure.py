@@ -33,7 +33,7 @@ def test_the_limit_is_what_takes_longer() -> None:
 
 
 def test_ceilings_are_measured() -> None:
-    assert 1e8 < ceilings.product(CPU, torch.float32, 64) < 1e14
+    assert 1e6 < ceilings.product(CPU, torch.float32, 64) < 1e14
     assert 1e7 < ceilings.copy(CPU, 1 << 20) < 1e13
     assert 1e7 < ceilings.read(1 << 20) < 1e13
 

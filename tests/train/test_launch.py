@@ -233,6 +233,8 @@ def test_a_corrupt_checkpoint_is_not_resumed(part: str, tmp_path: Path, capsys: 
         (["training.beta1=2"], "training.beta1"),
         (["training.seed=-1"], "training.seed"),
         (["training.z_loss=-1e-4"], "training.z_loss"),
+        (["training.z_loss=.nan"], "training.z_loss"),
+        (["training.max_grad_norm=.inf"], "training.max_grad_norm"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 
+from kernels.backend import check_process_choice
 from tools.profile import budget_check, compare, plot, tune
 from tools.profile.ceilings import DTYPES
 from tools.profile.options import MODES, Options, known, listed, numbers
@@ -51,6 +52,8 @@ def budget(parsed: argparse.Namespace) -> int:
     if not parsed.budget:
         raise ValueError("--update belongs to --budget")
     given = [name for name in (*SOME, "against", "shape", "threads") if getattr(parsed, name)]
+    if parsed.tune:
+        raise ValueError("--tune and --budget are for one each")
     if given:
         raise ValueError(f"--budget takes no --{given[0].replace('_', '-')}")
     writable("--json", parsed.json)
@@ -66,6 +69,8 @@ def tuning(parsed: argparse.Namespace) -> int:
     if given:
         raise ValueError(f"--tune takes no --{given[0].replace('_', '-')}")
     writable("--json", parsed.json)
+    if not 0 < parsed.seconds < 1e6:
+        raise ValueError(f"--seconds must be a positive number, got {parsed.seconds}")
     report = tune.run(listed(parsed.shape), parsed.seconds, parsed.json)
     report.finish()
     return 1 if report.failures else 0
@@ -88,6 +93,8 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
     writable("--json", parsed.json)
     writable("--plot", parsed.plot)
     if parsed.plot:
+        if parsed.plot.suffix != ".png":
+            raise ValueError(f"plots are PNG: call the file {parsed.plot.stem or 'plot'}.png")
         plot.library()  # that it is missing should not come out after the figures
     shapes = listed(parsed.shape)
     return Options(
@@ -146,7 +153,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def command(arguments: list[str]) -> int:
     """``main``, with what a user can set right as one sentence and exit code 2."""
     try:
+        check_process_choice()
         return main(arguments)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, ImportError, OSError) as error:
         print(f"tools.profile: {error}", file=sys.stderr)
         return 2

@@ -50,7 +50,7 @@ def timed(run: Run) -> dict[tuple[Cell, ...], tuple[float, float, float]]:
     return {
         key_of(run, row): tuple(row[name] for name in run["measure"])
         for row in run["rows"]
-        if all(isinstance(row[name], int | float) for name in run["measure"])
+        if all(isinstance(row[name], int | float) and row[name] > 0 for name in run["measure"])
     }
 
 

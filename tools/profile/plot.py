@@ -34,12 +34,16 @@ def library() -> ModuleType:
 
 
 def draw(operation: str, rows: Rows, ceilings: dict[str, Cell], path: Path) -> None:
-    """Raises ValueError where no row has a time and a rate."""
+    """Raises ValueError where no row has a time and a rate, or the file is not called .png."""
+    if path.suffix != ".png":
+        raise ValueError(f"plots are PNG: call the file {path.stem or 'plot'}.png")
     rows = [row for row in rows if row.get("ms") and "who" in row and "mode" in row]
     if not rows:
         raise ValueError(f"there is nothing to draw: no row of {operation} has a time, a mode and an implementation")
     pyplot = library()
-    rate = next(name for name in rows[0] if name.endswith(("FLOP/s", "B/s")))
+    rate = next((name for name in rows[0] if name.endswith(("FLOP/s", "B/s"))), None)
+    if rate is None or not any(name.startswith("copy") for name in ceilings) or "flops" not in rows[0]:
+        raise ValueError(f"there is nothing to draw: {operation} has no rates, or no ceilings to hold them against")
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     roofline = rate.endswith("FLOP/s")
     shapes = {(row["shape"], row["dtype"]) for row in rows}

@@ -110,9 +110,12 @@ def read(path: Path) -> dict[str, Any]:
         run = json.loads(path.read_text())
         measure, keys = run["measure"], run["keys"]
         complete = all(name in row for row in run["rows"] for name in (*measure, *keys))
-        if not complete or len(measure) != 3 or not {"operation", "machine", "ceilings"} <= run.keys():
+        kinds = {"operation": str, "machine": dict, "ceilings": dict}
+        if not complete or len(measure) != 3 or not all(isinstance(run[name], kind) for name, kind in kinds.items()):
             raise KeyError
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        if not all(isinstance(cell, Cell) for row in run["rows"] for cell in row.values()):
+            raise TypeError
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not a file that tools.profile --json wrote") from None
     return run
 
