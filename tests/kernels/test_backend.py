@@ -109,7 +109,7 @@ def test_a_model_trains_on_triton_alone(
 @pytest.mark.parametrize("choice", ["nonsense", " torch"])
 def test_a_choice_that_is_no_backend_is_one_sentence(choice: str, process_choice: pytest.MonkeyPatch) -> None:
     process_choice.setattr(backend, "PROCESS_CHOICE", choice)
-    with pytest.raises(ValueError, match="TANDEM_BACKEND is '.*': choose one of triton, native"):
+    with pytest.raises(ValueError, match=r"TANDEM_BACKEND is '.*': choose one of triton, native"):
         backend.check_process_choice()
 
 
