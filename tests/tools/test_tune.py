@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from kernels.gpu import attention_configs as configs
 from kernels.gpu.attention_configs import Config, Entry
 from tests.tools.profiling import profile
 from tools.profile import tune
+from tools.profile.report import Report
 
 OWN = Config(128, 64, 4, 3, 2, descriptors=True)
 ENTRY = Entry("forward", "sm90", 16, 64, (), OWN)
@@ -38,8 +41,46 @@ def test_a_candidate_that_spills_or_errs_is_refused() -> None:
     assert tune.refusal(right, right, 0, is_new=True) == ""
     assert tune.refusal(right, right, 500, is_new=True) == "spills 500 bytes"
     assert tune.refusal(right, right, 500, is_new=False) == ""
+    assert tune.refusal([*right, torch.empty(0)], [*right, torch.empty(0)], 0, is_new=True) == ""
     assert tune.refusal([right[0] + 1], right, 0, is_new=True) == "wrong"
     assert tune.refusal([right[0] * torch.nan], right, 0, is_new=True) == "wrong"
+
+
+class Clock:
+    """Says what each candidate takes, in turn."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.seconds = iter(seconds)
+
+    def sampler(self, function: Callable[[], object]) -> Callable[[], float]:
+        seconds = next(self.seconds)
+        return lambda: seconds
+
+
+@pytest.mark.parametrize("kernel", ["forward", "keys", "queries", "bias_gradient"])
+def test_the_fastest_candidate_that_is_right_becomes_the_entrys(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On real launches, interpreted at a small size, whose tiles no table changes."""
+    monkeypatch.setattr(tune, "TOKENS", 20)
+    monkeypatch.setattr(tune, "SEQLEN", 20)
+    monkeypatch.setattr(tune, "WIDTH", 16)
+    own, slower, faster = Config(64, 64, 4, 3, 2), Config(64, 64, 4, 2, 2), Config(64, 64, 8, 3, 2)
+    monkeypatch.setattr(tune, "candidates", lambda entry: [own, slower, faster])
+    entry = Entry(kernel, "sm90", 16, 16, ("bias",) if kernel == "queries" else (), own)
+    report = Report("tune", ("entry", "config"))
+    best = tune.tuned(entry, [entry], Clock(2.0, 3.0, 1.0), 0.0, report)  # type: ignore[arg-type]
+    assert best == replace(entry, config=faster)
+    assert [(row["ms"], row["note"]) for row in report.rows] == [(2e3, ""), (3e3, ""), (1e3, "")]
+
+
+def test_an_entry_whose_own_config_does_not_run_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call() -> tuple[torch.Tensor, ...]:
+        raise MemoryError
+
+    monkeypatch.setattr(tune, "representative", lambda entry: call)
+    report = Report("tune", ("entry", "config"))
+    assert tune.tuned(ENTRY, [ENTRY], Clock(), 0.0, report) == ENTRY  # type: ignore[arg-type]
+    assert report.failures == ["forward-64: its own config does not run: MemoryError"]
+    assert len(report.rows) == 1
 
 
 def test_a_table_is_saved_as_it_is_read(tmp_path: Path) -> None:
