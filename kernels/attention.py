@@ -73,14 +73,8 @@ def attention(
     Raises ValueError when shapes or options contradict each other.
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    if packed and None in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        raise ValueError("packed attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
-    if cu_seqlens_q is not None and cu_seqlens_k is not None and cu_seqlens_q.shape != cu_seqlens_k.shape:
-        got = f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of as many sequences, got {got}")
-    if packed and key_lengths is not None:
-        raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
     lengths = (cu_seqlens_q, cu_seqlens_k, key_lengths)
+    _check_lengths(lengths, max_seqlen_q, max_seqlen_k)
     check_devices("attention", q, k, v, bias, alibi_slopes, *lengths)
     _check(q, k, v, packed, key_lengths)
     if softmax_scale is not None and not math.isfinite(softmax_scale):
@@ -99,41 +93,70 @@ def attention(
     if packed:
         check_packed("q", q, cu_seqlens_q, max_seqlen_q)
         check_packed("k", k, cu_seqlens_k, max_seqlen_k)
+    longest = (max_seqlen_q, max_seqlen_k) if packed else (q.shape[1], k.shape[1])
     if name == "triton":
-        longest = (max_seqlen_q, max_seqlen_k) if packed else (q.shape[1], k.shape[1])
         out, lse = triton_attention.attention(
             q, k, v, lengths, longest, causal, softmax_scale, options, dropout_p, deterministic
         )
         return (out, lse) if return_lse else out
-    if name == "torch" and deterministic and q.is_cuda:
-        name = "reference"  # SDPA's kernels for CUDA add gradients up in any order
-    if not packed:
-        if name == "torch" and not return_lse:
-            return _sdpa(q, k, v, causal, softmax_scale, key_lengths, options, dropout_p)
-        # SDPA has no log-sum-exp to return, so whoever wants it gets the plain formula.
-        out, lse = reference.attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            key_lengths=key_lengths,
-            options=options,
-            dropout_p=dropout_p,
-        )
-        return (out, lse) if return_lse else out
-    assert cu_seqlens_q is not None
-    assert cu_seqlens_k is not None
-    assert max_seqlen_q is not None
-    assert max_seqlen_k is not None
-    packed_out, packed_lse = _packed(
-        q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options,
-        dropout_p, want_lse=return_lse or name == "reference",
-    )  # fmt: skip
+    # SDPA's kernels for CUDA add gradients up in any order, and it has no log-sum-exp to return.
+    formula = name == "reference" or return_lse or (deterministic and q.is_cuda)
+    result, sums = _by_torch(q, k, v, lengths, longest, causal, softmax_scale, options, dropout_p, formula)
     if not return_lse:
-        return packed_out
-    assert packed_lse is not None
-    return packed_out, packed_lse
+        return result
+    assert sums is not None
+    return result, sums
+
+
+def _by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[Tensor | None, Tensor | None, Tensor | None],
+    longest: tuple[int | None, int | None],
+    causal: bool,
+    softmax_scale: float | None,
+    options: ScoreOptions | None,
+    dropout_p: float,
+    formula: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the log-sum-exp if ``formula``, the plain one, is asked for in SDPA's place."""
+    cu_seqlens_q, cu_seqlens_k, key_lengths = lengths
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        max_seqlen_q, max_seqlen_k = longest
+        assert max_seqlen_q is not None
+        assert max_seqlen_k is not None
+        return _packed(
+            q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, dropout_p,
+            want_lse=formula,
+        )  # fmt: skip
+    if not formula:
+        return _sdpa(q, k, v, causal, softmax_scale, key_lengths, options, dropout_p), None
+    return reference.attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        key_lengths=key_lengths,
+        options=options,
+        dropout_p=dropout_p,
+    )
+
+
+def _check_lengths(
+    lengths: tuple[Tensor | None, Tensor | None, Tensor | None], max_seqlen_q: int | None, max_seqlen_k: int | None
+) -> None:
+    cu_seqlens_q, cu_seqlens_k, key_lengths = lengths
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        return
+    if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
+        raise ValueError("packed attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        got = f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of as many sequences, got {got}")
+    if key_lengths is not None:
+        raise ValueError("key_lengths belongs to padded batches, cu_seqlens to packed ones: give one of them")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, packed: bool, key_lengths: Tensor | None) -> None:
