@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
     cu_seqlens_q: Tensor | None  # int32 (batch + 1,)
     cu_seqlens_k: Tensor | None
-    key_lengths: Tensor | None  # int (batch,)
+    key_lengths: Tensor | None  # int32 (batch,)
     slopes: Tensor | None  # float32 (heads,)
     table: Tensor | None  # float32 (heads, 2 * reach + 1)
     bias: Tensor | None  # (batch or 1, heads or 1, seqlen_q or 1, seqlen_k or 1)
@@ -245,7 +245,7 @@ def _fake_backward(
     return (
         *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)),
         torch.empty_like(call.table) if wants_table and call.table is not None else q.new_empty(0),
-        torch.empty_like(call.bias) if wants_bias and call.bias is not None else q.new_empty(0),
+        call.bias.new_empty(call.bias.shape) if wants_bias and call.bias is not None else q.new_empty(0),
     )
 
 

@@ -49,7 +49,7 @@ class Scores(NamedTuple):
 
 
 class DenseBias(NamedTuple):
-    """A tensor added to the scores, and its strides, 0 where it is broadcast; ``grad`` alike but never broadcast."""
+    """A tensor added to the scores, or its gradient, and the strides: 0 where it is broadcast."""
 
     data: Any
     batch: int | None
@@ -97,6 +97,11 @@ def per_query(lengths, batch, heads, head, start, stride):
 
 
 @triton.jit
+def tile_pointers(x, stride, first, row, dim):
+    return x + first * tl.cast(stride, tl.int64) + (row * stride + dim)
+
+
+@triton.jit
 def load_tile(
     x,
     stride,
@@ -110,7 +115,7 @@ def load_tile(
 ):
     """Rows ``first`` on of x, dims BEGIN on: (BLOCK, WIDTH). Zeros past HEAD_DIM, and if MASKED past ``count`` rows."""
     row, dim = tl.arange(0, BLOCK)[:, None], BEGIN + tl.arange(0, WIDTH)[None, :]
-    pointers = x + first * tl.cast(stride, tl.int64) + (row * stride + dim)
+    pointers = tile_pointers(x, stride, first, row, dim)
     if MASKED and BEGIN + WIDTH > HEAD_DIM:
         return tl.load(pointers, mask=(row < count - first) & (dim < HEAD_DIM), other=0.0)
     if MASKED:
@@ -154,7 +159,7 @@ def store_tile(
 ):
     """Writes a tile's rows before ``count`` and dims before HEAD_DIM, in x's dtype."""
     row, dim = tl.arange(0, BLOCK)[:, None], BEGIN + tl.arange(0, WIDTH)[None, :]
-    pointers = x + first * tl.cast(stride, tl.int64) + (row * stride + dim)
+    pointers = tile_pointers(x, stride, first, row, dim)
     tl.store(pointers, value.to(x.dtype.element_ty), mask=(row < count - first) & (dim < HEAD_DIM))
 
 
@@ -172,7 +177,7 @@ def add_tile(
 ):
     """Adds to what is there; programs take turns in any order."""
     row, dim = tl.arange(0, BLOCK)[:, None], BEGIN + tl.arange(0, WIDTH)[None, :]
-    pointers = x + first * tl.cast(stride, tl.int64) + (row * stride + dim)
+    pointers = tile_pointers(x, stride, first, row, dim)
     tl.atomic_add(pointers, value, mask=(row < count - first) & (dim < HEAD_DIM), sem="relaxed")
 
 
