@@ -112,11 +112,11 @@ float* scratch_of(int64_t floats) {
     return memory.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-// As parallel_for, but a thread takes several tasks at a time, a multiple of `unit`.
+// As team.for_each, but a thread takes several tasks at a time, a multiple of `unit`.
 template <class Body>
-void parallel_in_chunks(int64_t tasks, int64_t unit, int num_threads, Body body) {
-    const int64_t units = std::max<int64_t>(1, tasks / unit / (int64_t{num_threads} * 8));
-    parallel_for((tasks + units * unit - 1) / (units * unit), num_threads, [&](int64_t chunk) {
+void for_each_chunk(Team& team, int64_t tasks, int64_t unit, Body body) {
+    const int64_t units = std::max<int64_t>(1, tasks / unit / (int64_t{team.size()} * 8));
+    team.for_each((tasks + units * unit - 1) / (units * unit), [&](int64_t chunk) {
         const int64_t end = std::min(tasks, (chunk + 1) * units * unit);
         for (int64_t i = chunk * units * unit; i < end; ++i) body(i);
     });
@@ -195,14 +195,14 @@ class BiasGradients {
 }  // namespace
 
 void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out, const HeadFloats<float>& lse,
-                       int num_threads) {
+                       Team& team) {
     const AttentionKernels& kernels = attention_kernels();
     const int64_t groups = batch.heads / batch.kv_heads;
     const int64_t rows = longest(batch.cu_seqlens_q, batch.batch, batch.seqlen_q) * groups;
     const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-    const bool whole = keeps_sequences_whole(batch, num_threads);
+    const bool whole = keeps_sequences_whole(batch, team.size());
     const int64_t tasks = batch.kv_heads * blocks;
-    parallel_in_chunks(batch.batch * tasks, whole ? tasks : 1, num_threads, [&](int64_t task) {
+    for_each_chunk(team, batch.batch * tasks, whole ? tasks : 1, [&](int64_t task) {
         const int64_t b = task / blocks / batch.kv_heads, first_row = task % blocks * kRowBlock;
         const Place place(batch, b, task / blocks % batch.kv_heads);
         if (first_row >= place.queries.length * groups) return;
@@ -218,8 +218,9 @@ void attention_backward(const AttentionBatch& batch, const AttentionGradients& g
     const AttentionKernels& kernels = attention_kernels();
     const bool whole = keeps_sequences_whole(batch, num_threads);
     BiasGradients biases(batch, g.grad_distance_bias);
-    parallel_in_chunks(
-        batch.batch * batch.kv_heads, whole ? batch.kv_heads : 1, num_threads, [&](int64_t task) {
+    const int64_t tasks = batch.batch * batch.kv_heads;
+    run_team(num_threads, [&](Team& team) {
+        for_each_chunk(team, tasks, whole ? batch.kv_heads : 1, [&](int64_t task) {
             const int64_t b = task / batch.kv_heads;
             const Place place(batch, b, task % batch.kv_heads);
             const AttentionHead head = place.head(b);
@@ -244,6 +245,7 @@ void attention_backward(const AttentionBatch& batch, const AttentionGradients& g
             zero_keys(gradients.grad_k, g.grad_k.token_stride, head.keys, place.keys.length, batch.head_dim);
             zero_keys(gradients.grad_v, g.grad_v.token_stride, head.keys, place.keys.length, batch.head_dim);
         });
+    });
     biases.sum();
 }
 

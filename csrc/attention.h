@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "parallel.h"
+
 namespace tandem {
 
 // Row (b, t, h) begins at data + b * batch_stride + t * token_stride + h * head_stride. What is packed has no
@@ -53,9 +55,9 @@ struct AttentionGradients {
 };
 
 // Lengths, offsets and block ids must be checked by the caller. head_dim is at most kMaxHeadDim. The result
-// does not depend on num_threads.
+// does not depend on the number of threads. To be called by every member of the team.
 void attention_forward(const AttentionBatch& batch, const TokenRows<float>& out, const HeadFloats<float>& lse,
-                       int num_threads);
+                       Team& team);
 
 // Not for paged batches.
 void attention_backward(const AttentionBatch& batch, const AttentionGradients& gradients, int num_threads);

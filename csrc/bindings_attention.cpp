@@ -191,7 +191,8 @@ void forward(const py::array& q, const py::array& k, const py::array& v, const O
     HeadFloats<float> log_sums{};
     if (lse) log_sums = floats_of(*lse, "lse", batch, static_cast<float*>(lse->mutable_data()));
     const py::gil_scoped_release release;
-    tandem::attention_forward(batch, result, log_sums, num_threads);
+    tandem::run_team(num_threads,
+                     [&](tandem::Team& team) { attention_forward(batch, result, log_sums, team); });
 }
 
 float* write_bias(Optional& gradient, const Scores& scores) {
@@ -284,7 +285,7 @@ void paged(const py::array& q, const py::array& k_cache, const py::array& v_cach
     check_same_shape(out, "out", q);
     const TokenRows<float> result = write(out, "out", 3);
     const py::gil_scoped_release release;
-    tandem::attention_forward(batch, result, {}, num_threads);
+    tandem::run_team(num_threads, [&](tandem::Team& team) { attention_forward(batch, result, {}, team); });
 }
 
 }  // namespace

@@ -3,43 +3,29 @@
 // runtime.
 #include "parallel.h"
 
+#include <omp.h>
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <mutex>
+#include <memory>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace tandem {
 namespace {
 
-// Threads take the next task from a counter, so one that comes late just finds less to do.
-class Loop {
-  public:
-    Loop(int64_t tasks, const std::function<void(int64_t)>& body) : tasks_(tasks), body_(body) {}
+// Looks at the others' progress so often, some 20 us, before it lets the scheduler run another thread: longer
+// than any member is late by, unless its core was taken away.
+constexpr int kSpins = 500;
 
-    void work() noexcept {
-        for (int64_t i = next_++; i < tasks_; i = next_++) {
-            try {
-                body_(i);
-            } catch (...) {
-                const std::lock_guard<std::mutex> lock(mutex_);
-                if (!error_) error_ = std::current_exception();
-            }
-        }
-    }
-
-    void rethrow() const {
-        if (error_) std::rethrow_exception(error_);
-    }
-
-  private:
-    const int64_t tasks_;
-    const std::function<void(int64_t)>& body_;
-    std::atomic<int64_t> next_{0};
-    std::mutex mutex_;
-    std::exception_ptr error_;
-};
+void pause() {
+#if defined(__SSE2__)
+    _mm_pause();
+#endif
+}
 
 // A child of fork has none of the runtime's threads, but the runtime does not know.
 std::atomic<bool> forked{false};
@@ -52,16 +38,45 @@ bool may_fork_out() {
 
 }  // namespace
 
-void parallel_for(int64_t tasks, int num_threads, const std::function<void(int64_t)>& body) {
-    Loop loop(tasks, body);
-    const int threads = static_cast<int>(std::min<int64_t>(num_threads, tasks));
-    if (threads > 1 && may_fork_out()) {
-#pragma omp parallel num_threads(threads)
-        loop.work();
-    } else {
-        loop.work();
+void Team::keep_error() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_) error_ = std::current_exception();
+}
+
+void Team::wait() {
+    const uint64_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+        arrived_.store(0, std::memory_order_relaxed);
+        next_.store(0, std::memory_order_relaxed);
+        round_.store(round + 1, std::memory_order_release);
+        return;
     }
-    loop.rethrow();
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
+        if (spins < kSpins)
+            pause();
+        else
+            sched_yield();
+}
+
+void run_team(int num_threads, const std::function<void(Team&)>& member) {
+    std::unique_ptr<Team> team;
+    if (num_threads > 1 && may_fork_out()) {
+#pragma omp parallel num_threads(num_threads)
+        {
+#pragma omp single
+            team = std::make_unique<Team>(omp_get_num_threads());
+            member(*team);
+        }
+    } else {
+        team = std::make_unique<Team>(1);
+        member(*team);
+    }
+    team->rethrow();
+}
+
+void parallel_for(int64_t tasks, int num_threads, const std::function<void(int64_t)>& body) {
+    const auto threads = static_cast<int>(std::min<int64_t>(num_threads, tasks));
+    run_team(threads, [&](Team& team) { team.for_each(tasks, body); });
 }
 
 }  // namespace tandem
