@@ -6,16 +6,10 @@ namespace tandem {
 
 const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
-    switch (cpu_path()) {
-        case CpuPath::avx512:
-            return kAvx512AttentionKernels;
-        case CpuPath::avx2:
-            return kAvx2AttentionKernels;
-        case CpuPath::generic:
-            break;
-    }
-#endif
+    return on_this_cpu(kGenericAttentionKernels, kAvx2AttentionKernels, kAvx512AttentionKernels);
+#else
     return kGenericAttentionKernels;
+#endif
 }
 
 }  // namespace tandem

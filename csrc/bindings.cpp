@@ -141,4 +141,5 @@ PYBIND11_MODULE(_C, module) {
     register_sampling(module);
     tandem::register_attention(module);
     tandem::register_elementwise(module);
+    tandem::register_linear(module);
 }

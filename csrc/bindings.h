@@ -7,5 +7,6 @@ namespace tandem {
 
 void register_attention(pybind11::module_& module);
 void register_elementwise(pybind11::module_& module);
+void register_linear(pybind11::module_& module);
 
 }  // namespace tandem

@@ -7,34 +7,17 @@
 #include <string>
 
 #include "bindings.h"
+#include "checks.h"
 #include "elementwise.h"
 #include "transpose.h"
 
 namespace py = pybind11;
+using tandem::check_threads;
+using tandem::require;
 
 namespace {
 
 constexpr py::ssize_t kFloat = sizeof(float);
-
-void require(bool fits, const char* name, const std::string& wanted, const py::array& array) {
-    if (fits) return;
-    throw py::value_error(std::string(name) + " must be " + wanted + ", got " +
-                          py::str(array.dtype()).cast<std::string>() + " of shape " +
-                          py::str(array.attr("shape")).cast<std::string>() + " and strides " +
-                          py::str(array.attr("strides")).cast<std::string>() + " in bytes");
-}
-
-bool is_float(const py::array& array) { return py::isinstance<py::array_t<float>>(array); }
-
-void require_run(const py::array& array, const char* name, py::ssize_t size) {
-    require(is_float(array) && array.size() == size && (array.flags() & py::array::c_style) != 0, name,
-            "contiguous float32 of " + std::to_string(size) + " elements", array);
-}
-
-void check_threads(int num_threads) {
-    if (num_threads < 1)
-        throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
-}
 
 const float* read(const py::array& array) { return static_cast<const float*>(array.data()); }
 float* write(py::array& array) { return static_cast<float*>(array.mutable_data()); }
@@ -45,8 +28,8 @@ const tandem::Activation& activation_of(bool tanh) {
 
 void gelu(const py::array& x, bool tanh, py::array& out, int num_threads) {
     check_threads(num_threads);
-    require_run(x, "x", x.size());
-    require_run(out, "out", x.size());
+    tandem::require_run<float>(x, "x", x.size(), "float32");
+    tandem::require_run<float>(out, "out", x.size(), "float32");
     const float* from = read(x);
     float* to = write(out);
     const int64_t n = x.size();
@@ -57,9 +40,9 @@ void gelu(const py::array& x, bool tanh, py::array& out, int num_threads) {
 void gelu_backward(const py::array& x, const py::array& grad_out, bool tanh, py::array& grad_x,
                    int num_threads) {
     check_threads(num_threads);
-    require_run(x, "x", x.size());
-    require_run(grad_out, "grad_out", x.size());
-    require_run(grad_x, "grad_x", x.size());
+    tandem::require_run<float>(x, "x", x.size(), "float32");
+    tandem::require_run<float>(grad_out, "grad_out", x.size(), "float32");
+    tandem::require_run<float>(grad_x, "grad_x", x.size(), "float32");
     const float *from = read(x), *grad = read(grad_out);
     float* to = write(grad_x);
     const int64_t n = x.size();
@@ -71,14 +54,14 @@ void gelu_backward(const py::array& x, const py::array& grad_out, bool tanh, py:
 void rotate(const py::array& x, const py::array& cos, const py::array& sin, bool back, py::array& out,
             int num_threads) {
     check_threads(num_threads);
-    bool fits = is_float(x) && x.ndim() == 4 && x.shape(3) % 2 == 0 &&
+    bool fits = tandem::is<float>(x) && x.ndim() == 4 && x.shape(3) % 2 == 0 &&
                 (x.shape(3) == 0 || x.size() == 0 || x.strides(3) == kFloat);
     for (py::ssize_t i = 0; fits && i < 3; ++i) fits = x.strides(i) % kFloat == 0;
     require(fits, "x", "float32 with 4 dimensions, the last even and contiguous", x);
     const int64_t half = x.shape(3) / 2;
-    require_run(cos, "cos", x.shape(1) * half);
-    require_run(sin, "sin", x.shape(1) * half);
-    require_run(out, "out", x.size());
+    tandem::require_run<float>(cos, "cos", x.shape(1) * half, "float32");
+    tandem::require_run<float>(sin, "sin", x.shape(1) * half, "float32");
+    tandem::require_run<float>(out, "out", x.size(), "float32");
     const tandem::Rotation rotation = {read(x),
                                        x.strides(0) / kFloat,
                                        x.strides(1) / kFloat,
@@ -97,12 +80,12 @@ void rotate(const py::array& x, const py::array& cos, const py::array& sin, bool
 
 void transpose(const py::array& x, py::array& out, std::optional<py::array>& sums, int num_threads) {
     check_threads(num_threads);
-    const bool fits = is_float(x) && x.ndim() == 2 &&
+    const bool fits = tandem::is<float>(x) && x.ndim() == 2 &&
                       (x.size() == 0 || x.shape(1) == 1 || x.strides(1) == kFloat) &&
                       x.strides(0) % kFloat == 0;
     require(fits, "x", "a float32 matrix with contiguous rows", x);
-    require_run(out, "out", x.size());
-    if (sums) require_run(*sums, "sums", x.shape(1));
+    tandem::require_run<float>(out, "out", x.size(), "float32");
+    if (sums) tandem::require_run<float>(*sums, "sums", x.shape(1), "float32");
     const float* from = read(x);
     float* to = write(out);
     float* totals = sums ? write(*sums) : nullptr;

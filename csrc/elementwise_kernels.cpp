@@ -6,16 +6,10 @@ namespace tandem {
 
 const ElementwiseKernels& elementwise_kernels() {
 #if defined(__x86_64__)
-    switch (cpu_path()) {
-        case CpuPath::avx512:
-            return kAvx512ElementwiseKernels;
-        case CpuPath::avx2:
-            return kAvx2ElementwiseKernels;
-        case CpuPath::generic:
-            break;
-    }
-#endif
+    return on_this_cpu(kGenericElementwiseKernels, kAvx2ElementwiseKernels, kAvx512ElementwiseKernels);
+#else
     return kGenericElementwiseKernels;
+#endif
 }
 
 }  // namespace tandem

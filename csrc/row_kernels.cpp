@@ -6,16 +6,10 @@ namespace tandem {
 
 const RowKernels& row_kernels() {
 #if defined(__x86_64__)
-    switch (cpu_path()) {
-        case CpuPath::avx512:
-            return kAvx512RowKernels;
-        case CpuPath::avx2:
-            return kAvx2RowKernels;
-        case CpuPath::generic:
-            break;
-    }
-#endif
+    return on_this_cpu(kGenericRowKernels, kAvx2RowKernels, kAvx512RowKernels);
+#else
     return kGenericRowKernels;
+#endif
 }
 
 }  // namespace tandem

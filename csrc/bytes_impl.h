@@ -1,0 +1,124 @@
+// Products of bytes on vectors of thirty-two-bit lanes, and the rounding of numbers to bytes. Included only
+// by the bodies of kernels.
+#pragma once
+
+#include "linear_kernels.h"
+#include "simd_math.h"
+
+namespace tandem {
+namespace {
+
+inline Ints load_ints(const void* p) {
+    Ints v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Ints splat_ints(int32_t x) { return x - Ints{}; }
+
+// The four bytes at p in every lane.
+inline Ints splat_bytes(const int8_t* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return splat_ints(word);
+}
+
+// The numbers of sixteen bits in each lane: products of pairs, summed.
+inline Ints dot_pairs(Ints a, Ints b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Ints>(
+        _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Ints>(
+        _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+    return reinterpret_cast<Ints>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// Adds to each lane the products of its four unsigned bytes in w with its four signed ones in x. Without an
+// instruction for it the bytes become sixteen bits, even and odd ones apart: unlike the product of bytes that
+// older CPUs have, that saturates nowhere.
+inline Ints dot_add(Ints sums, Ints w, Ints x) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(x)));
+#elif defined(__AVXVNNI__)
+    return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+        reinterpret_cast<__m256i>(sums), reinterpret_cast<__m256i>(w), reinterpret_cast<__m256i>(x)));
+#else
+    using Shorts = int16_t __attribute__((vector_size(kWidth * 4)));
+    const Ints even_w = w & 0x00ff00ff;
+    const Ints odd_w = reinterpret_cast<Ints>(reinterpret_cast<Bits>(w) >> 8) & 0x00ff00ff;
+    const Shorts pairs = reinterpret_cast<Shorts>(x);
+    const auto even_x = reinterpret_cast<Ints>(static_cast<Shorts>(pairs << 8) >> 8);
+    const auto odd_x = reinterpret_cast<Ints>(pairs >> 8);
+    return sums + dot_pairs(even_w, even_x) + dot_pairs(odd_w, odd_x);
+#endif
+}
+
+inline Vec to_floats(Ints v) { return __builtin_convertvector(v, Vec); }
+
+inline int32_t sum_of(Ints v) {
+    int32_t total = 0;
+    for (int i = 0; i < kWidth; ++i) total += v[i];
+    return total;
+}
+
+// The low byte of each lane.
+inline void store_bytes(int8_t* p, Ints v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#else
+    for (int i = 0; i < kWidth; ++i) p[i] = static_cast<int8_t>(v[i]);
+#endif
+}
+
+// The largest magnitude of a row, NaN if not all of it is finite.
+inline float magnitude_of(const float* x, int64_t n) {
+    Vec top = splat(0.0f), poison = splat(0.0f);
+    const auto see = [&](Vec v) {
+        top = larger(magnitude(v), top);
+        poison = multiply_add(v, splat(0.0f), poison);
+    };
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) see(load(x + i));
+    if (i < n) see(load_some(x + i, n - i));
+    float most = 0.0f, sum = 0.0f;
+    for (int lane = 0; lane < kWidth; ++lane) {
+        most = most < top[lane] ? top[lane] : most;
+        sum += poison[lane];
+    }
+    return most + sum;
+}
+
+// Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
+inline Ints rounded(Vec x) { return reinterpret_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
+
+void quantize(const float* x, int64_t width, int64_t group, const ByteRows& out, int64_t row) {
+    const float most = magnitude_of(x, width);
+    const Vec inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
+    out.scales[row] = most / 127.0f;
+    int8_t* bytes = out.data + row * out.stride;
+    int32_t* sums = out.sums + row * out.groups;
+    for (int64_t g = 0; g < out.groups; ++g) {
+        const int64_t end = out.groups == 1 ? out.stride : (g + 1) * group;
+        Ints total{};
+        for (int64_t i = g * group; i < end; i += kWidth) {
+            Vec v = splat(0.0f);
+            if (i + kWidth <= width)
+                v = load(x + i);
+            else if (i < width)
+                v = load_some(x + i, width - i);
+            const Ints integers = rounded(v * inverse);
+            store_bytes(bytes + i, integers);
+            total += integers;
+        }
+        sums[g] = sum_of(total);
+    }
+}
+
+}  // namespace
+}  // namespace tandem

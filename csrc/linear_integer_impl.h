@@ -1,0 +1,124 @@
+// Products of rows of bytes with a chunk of weights in eight or four bits. Sums are exact integers, over all
+// inputs or over a group of them, before they are scaled.
+#pragma once
+
+#include "bytes_impl.h"
+
+namespace tandem {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kByteRowsAtOnce = 6;
+constexpr int kByteVecs = 4;
+constexpr int kNibbleRows = 3;
+#else
+constexpr int kByteRowsAtOnce = 4;
+constexpr int kByteVecs = 2;
+constexpr int kNibbleRows = 2;
+#endif
+
+// Sums (kRows, kChunk) of rows `row` on with kVecs vectors of an int8 chunk, of which `first` is the first
+// output.
+template <int kRows, int kVecs>
+void int8_tile(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, int64_t first,
+               float* sums) {
+    const uint8_t* weights = w.chunk(chunk) + first * 4;
+    const int8_t* bytes = x.data + row * x.stride;
+    Ints totals[kRows][kVecs];
+    for (int i = 0; i < kRows; ++i)
+        for (int n = 0; n < kVecs; ++n) totals[i][n] = splat_ints(-kByteOffset * x.sums[row + i]);
+    for (int64_t k = 0; k < w.depth(); k += 4) {
+        Ints four[kVecs];
+        for (int n = 0; n < kVecs; ++n) four[n] = load_ints(weights + k * kChunk + n * kWidth * 4);
+        for (int i = 0; i < kRows; ++i) {
+            const Ints number = splat_bytes(bytes + i * x.stride + k);
+            for (int n = 0; n < kVecs; ++n) totals[i][n] = dot_add(totals[i][n], four[n], number);
+        }
+    }
+    const float* scales = w.scales + chunk * kChunk + first;
+    for (int i = 0; i < kRows; ++i)
+        for (int n = 0; n < kVecs; ++n)
+            store(sums + i * kChunk + first + n * kWidth,
+                  to_floats(totals[i][n]) * (load(scales + n * kWidth) * x.scales[row + i]));
+}
+
+template <int kRows>
+void int8_rows(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, float* sums) {
+    constexpr int kVecs = kRows == 1 ? kLoneVecs : kByteVecs;
+    for (int64_t first = 0; first < kChunk; first += kVecs * kWidth)
+        int8_tile<kRows, kVecs>(w, x, row, chunk, first, sums);
+}
+
+inline Vec load_half_vec(const uint8_t* p) {
+    return from_half(load_halves(reinterpret_cast<const uint16_t*>(p)));
+}
+
+// As int8_tile for four bits: each group's integers are scaled and added up as floats.
+template <int kRows, int kVecs>
+void int4_tile(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, int64_t first,
+               float* sums) {
+    const int8_t* bytes = x.data + row * x.stride;
+    const uint8_t* begin = w.chunk(chunk);
+    Vec totals[kRows][kVecs];
+    for (int i = 0; i < kRows; ++i)
+        for (int n = 0; n < kVecs; ++n) totals[i][n] = splat(0.0f);
+    for (int64_t g = 0; g < x.groups; ++g, begin += w.group_bytes(), bytes += w.group) {
+        const int32_t* group_sums = x.sums + row * x.groups + g;
+        Ints integers[kRows][kVecs];
+        for (int i = 0; i < kRows; ++i)
+            for (int n = 0; n < kVecs; ++n)
+                integers[i][n] = splat_ints(w.symmetric ? -8 * group_sums[i * x.groups] : 0);
+        for (int64_t k = 0; k < w.group; k += 8)
+            for (int n = 0; n < kVecs; ++n) {
+                const Ints both = load_ints(begin + k / 2 * kChunk + (first + n * kWidth) * 4);
+                const Ints low = both & 0x0f0f0f0f;
+                const Ints high = reinterpret_cast<Ints>(reinterpret_cast<Bits>(both) >> 4) & 0x0f0f0f0f;
+                for (int i = 0; i < kRows; ++i) {
+                    integers[i][n] = dot_add(integers[i][n], low, splat_bytes(bytes + i * x.stride + k));
+                    integers[i][n] = dot_add(integers[i][n], high, splat_bytes(bytes + i * x.stride + k + 4));
+                }
+            }
+        const uint8_t* scales = begin + kChunk * w.group / 2 + first * 2;
+        for (int n = 0; n < kVecs; ++n) {
+            const Vec scale = load_half_vec(scales + n * kWidth * 2);
+            for (int i = 0; i < kRows; ++i)
+                totals[i][n] = multiply_add(to_floats(integers[i][n]), scale, totals[i][n]);
+            if (w.symmetric) continue;
+            const Vec minimum = load_half_vec(scales + kChunk * 2 + n * kWidth * 2);
+            for (int i = 0; i < kRows; ++i)
+                totals[i][n] =
+                    multiply_add(minimum, splat(static_cast<float>(group_sums[i * x.groups])), totals[i][n]);
+        }
+    }
+    for (int i = 0; i < kRows; ++i)
+        for (int n = 0; n < kVecs; ++n)
+            store(sums + i * kChunk + first + n * kWidth, totals[i][n] * x.scales[row + i]);
+}
+
+template <int kRows>
+void int4_rows(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, float* sums) {
+    constexpr int kVecs = kByteVecs;
+    for (int64_t first = 0; first < kChunk; first += kVecs * kWidth)
+        int4_tile<kRows, kVecs>(w, x, row, chunk, first, sums);
+}
+
+// A group's weights as floats, (group, kChunk), for rows that are not rounded.
+inline void widen_group(const PackedMatrix& w, const uint8_t* begin, float* wide) {
+    const uint8_t* scales = begin + kChunk * w.group / 2;
+    for (int64_t n = 0; n < kChunk; n += kWidth) {
+        const Vec scale = load_half_vec(scales + n * 2);
+        const Vec minimum = w.symmetric ? scale * -8.0f : load_half_vec(scales + (kChunk + n) * 2);
+        for (int64_t k = 0; k < w.group; k += 8) {
+            const auto both = reinterpret_cast<Bits>(load_ints(begin + k / 2 * kChunk + n * 4));
+            for (int half = 0; half < 2; ++half)
+                for (int byte = 0; byte < 4; ++byte) {
+                    const Bits value = both >> static_cast<uint32_t>(8 * byte + 4 * half) & 15u;
+                    store(wide + (k + 4 * half + byte) * kChunk + n,
+                          multiply_add(to_floats(reinterpret_cast<Ints>(value)), scale, minimum));
+                }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace tandem

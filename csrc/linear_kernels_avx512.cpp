@@ -1,0 +1,3 @@
+#include "linear_kernels_impl.h"
+
+const tandem::LinearKernels tandem::kAvx512LinearKernels = tandem::kLinearKernels;

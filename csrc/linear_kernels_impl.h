@@ -1,0 +1,145 @@
+// The body of linear_kernels.h, compiled once a CPU path with that path's compiler flags.
+#pragma once
+
+#include "linear_epilogue_impl.h"
+#include "linear_float_impl.h"
+#include "linear_integer_impl.h"
+
+#if defined(__AMX_INT8__)
+#include "linear_amx_impl.h"
+#endif
+
+namespace tandem {
+namespace {
+
+constexpr int64_t kSumRows = 48;  // rows whose sums are held at a time where weights are widened
+
+// Rows are shared out evenly: 8 are 4 and 4, for a small tile has too few chains to hide the latency.
+template <class Body>
+inline void for_row_tiles(int64_t first_row, int64_t rows, int64_t at_once, Body body) {
+    int64_t tiles = (rows + at_once - 1) / at_once;
+    for (int64_t done = 0; tiles > 0; --tiles) {
+        const int64_t size = (rows - done + tiles - 1) / tiles;
+        body(first_row + done, size);
+        done += size;
+    }
+}
+
+inline void finish_rows(const LinearBatch& batch, float* sums, int64_t row, int64_t rows, int64_t chunk) {
+    for (int64_t i = 0; i < rows; ++i)
+        finish_row(batch.epilogue, sums + i * kChunk, row + i, chunk, batch.weight->outputs);
+}
+
+template <class Weights>
+void float_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk) {
+    const PackedMatrix& w = *batch.weight;
+    const auto* weights = reinterpret_cast<const typename Weights::Number*>(w.chunk(chunk));
+    for_row_tiles(first_row, rows, kFloatRows, [&](int64_t row, int64_t size) {
+        alignas(64) float sums[kFloatRows * kChunk];
+        const FloatRows x = {batch.x.data + row * batch.x.stride, batch.x.stride};
+        float_product<Weights, false>(x, size, weights, w.inputs, sums);
+        finish_rows(batch, sums, row, size, chunk);
+    });
+}
+
+void widened_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk) {
+    const PackedMatrix& w = *batch.weight;
+    alignas(64) float wide[kDepthUnit * kChunk];
+    for_row_tiles(first_row, rows, kSumRows, [&](int64_t first, int64_t count) {
+        alignas(64) float sums[kSumRows * kChunk] = {};
+        for (int64_t k = 0; k < w.inputs; k += w.group) {
+            widen_group(w, w.chunk(chunk) + k / w.group * w.group_bytes(), wide);
+            for_row_tiles(0, count, kFloatRows, [&](int64_t row, int64_t size) {
+                const FloatRows x = {batch.x.data + (first + row) * batch.x.stride + k, batch.x.stride};
+                float_product<Float32Weights, true>(x, size, wide, w.group, sums + row * kChunk);
+            });
+        }
+        finish_rows(batch, sums, first, count, chunk);
+    });
+}
+
+void int8_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk) {
+    const PackedMatrix& w = *batch.weight;
+#if defined(__AMX_INT8__)
+    if (rows >= kTileRowsFrom) {
+        const TileSession session;
+        for_row_tiles_of(kRowUnit, first_row, rows, [&](int64_t row, int64_t size) {
+            alignas(64) float sums[kRowUnit * kChunk];
+            int8_tiles(w, batch.bytes, row, size, chunk, sums);
+            finish_rows(batch, sums, row, size, chunk);
+        });
+        return;
+    }
+#endif
+    for_row_tiles(first_row, rows, kByteRowsAtOnce, [&](int64_t row, int64_t size) {
+        alignas(64) float sums[kByteRowsAtOnce * kChunk];
+        switch (size) {
+            case 1:
+                int8_rows<1>(w, batch.bytes, row, chunk, sums);
+                break;
+            case 2:
+                int8_rows<2>(w, batch.bytes, row, chunk, sums);
+                break;
+            case 3:
+                int8_rows<3>(w, batch.bytes, row, chunk, sums);
+                break;
+#if defined(__AVX512F__)
+            case 4:
+                int8_rows<4>(w, batch.bytes, row, chunk, sums);
+                break;
+            case 5:
+                int8_rows<5>(w, batch.bytes, row, chunk, sums);
+                break;
+#endif
+            default:
+                int8_rows<kByteRowsAtOnce>(w, batch.bytes, row, chunk, sums);
+        }
+        finish_rows(batch, sums, row, size, chunk);
+    });
+}
+
+void int4_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk) {
+    const PackedMatrix& w = *batch.weight;
+#if defined(__AMX_INT8__)
+    if (rows >= kTileRowsFrom) {
+        const TileSession session;
+        for_row_tiles_of(kRowUnit, first_row, rows, [&](int64_t row, int64_t size) {
+            alignas(64) float sums[kRowUnit * kChunk];
+            int4_tiles(w, batch.bytes, row, size, chunk, sums);
+            finish_rows(batch, sums, row, size, chunk);
+        });
+        return;
+    }
+#endif
+    for_row_tiles(first_row, rows, kNibbleRows, [&](int64_t row, int64_t size) {
+        alignas(64) float sums[kNibbleRows * kChunk];
+        if (size == 1)
+            int4_rows<1>(w, batch.bytes, row, chunk, sums);
+        else if (size == 2)
+            int4_rows<2>(w, batch.bytes, row, chunk, sums);
+        else
+            int4_rows<kNibbleRows>(w, batch.bytes, row, chunk, sums);
+        finish_rows(batch, sums, row, size, chunk);
+    });
+}
+
+void product(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk) {
+    switch (batch.weight->storage) {
+        case Storage::float32:
+            return float_chunk<Float32Weights>(batch, first_row, rows, chunk);
+        case Storage::bfloat16:
+            return float_chunk<BFloat16Weights>(batch, first_row, rows, chunk);
+        case Storage::float16:
+            return float_chunk<Float16Weights>(batch, first_row, rows, chunk);
+        case Storage::int8:
+            return int8_chunk(batch, first_row, rows, chunk);
+        case Storage::int4:
+            return batch.x.data != nullptr ? widened_chunk(batch, first_row, rows, chunk)
+                                           : int4_chunk(batch, first_row, rows, chunk);
+    }
+}
+
+constexpr LinearKernels kLinearKernels = {product, quantize};
+
+}  // namespace
+}  // namespace tandem
