@@ -49,10 +49,55 @@ void rotate(const TokenHeads& token) {
     }
 }
 
+// Calls body(i, number of elements) for the vectors of a row, the last one short.
+template <class Body>
+inline void for_vectors(int64_t n, Body body) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) body(i, int64_t{kWidth});
+    if (i < n) body(i, n - i);
+}
+
+inline Vec load_part(const float* p, int64_t n) { return n == kWidth ? load(p) : load_some(p, n); }
+
+inline float total_of(Vec v) {
+    float total = 0.0f;
+    for (int i = 0; i < kWidth; ++i) total += v[i];
+    return total;
+}
+
+// The sum of (x - center)^2; elements behind the row's end must not count.
+inline float squares_about(const float* x, int64_t n, float center) {
+    Vec sums = splat(0.0f);
+    for_vectors(n, [&](int64_t i, int64_t count) {
+        Vec d = load_part(x + i, count) - center;
+        if (count < kWidth)
+            for (int64_t lane = count; lane < kWidth; ++lane) d[lane] = 0.0f;
+        sums = multiply_add(d, d, sums);
+    });
+    return total_of(sums);
+}
+
+void norm(const float* x, int64_t width, const NormWeights& weights, float* out) {
+    const auto count = static_cast<float>(width);
+    float mean = 0.0f;
+    if (weights.subtract_mean) {
+        Vec sums = splat(0.0f);
+        for_vectors(width, [&](int64_t i, int64_t n) { sums += load_part(x + i, n); });
+        mean = total_of(sums) / count;
+    }
+    const float scale = 1.0f / __builtin_sqrtf(squares_about(x, width, mean) / count + weights.eps);
+    for_vectors(width, [&](int64_t i, int64_t n) {
+        Vec y = (load_part(x + i, n) - mean) * scale * load_part(weights.weight + i, n);
+        if (weights.bias != nullptr) y += load_part(weights.bias + i, n);
+        n == kWidth ? store(out + i, y) : store_some(out + i, y, n);
+    });
+}
+
 constexpr ElementwiseKernels kElementwiseKernels = {
     {activate<Gelu>, differentiate<Gelu>},
     {activate<GeluNew>, differentiate<GeluNew>},
     rotate,
+    norm,
 };
 
 }  // namespace
