@@ -140,5 +140,6 @@ void register_sampling(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
     register_sampling(module);
     tandem::register_attention(module);
+    tandem::register_cached_attention(module);
     tandem::register_elementwise(module);
 }

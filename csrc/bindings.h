@@ -6,6 +6,7 @@
 namespace tandem {
 
 void register_attention(pybind11::module_& module);
+void register_cached_attention(pybind11::module_& module);
 void register_elementwise(pybind11::module_& module);
 
 }  // namespace tandem
