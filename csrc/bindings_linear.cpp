@@ -1,4 +1,6 @@
 // The Python face of packed weights and the linear layer over them.
+#include "bindings_linear.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -127,17 +129,6 @@ FloatRows rows_of(const py::array& x, const char* name, py::ssize_t width) {
     return {static_cast<const float*>(x.data()), x.strides(0) / x.itemsize()};
 }
 
-ActivationKind activation_of(const std::string& name) {
-    constexpr std::pair<const char*, ActivationKind> kinds[] = {
-        {"none", ActivationKind::none}, {"relu", ActivationKind::relu},
-        {"gelu", ActivationKind::gelu}, {"gelu_new", ActivationKind::gelu_new},
-        {"silu", ActivationKind::silu},
-    };
-    for (const auto& [known, kind] : kinds)
-        if (name == known) return kind;
-    throw py::value_error("activation must be none, relu, gelu, gelu_new or silu, got " + name);
-}
-
 void linear_op(const py::array& x, const PackedWeight& weight, const Optional& bias,
                const std::string& activation, bool gated, const Optional& residual, bool widen,
                py::array& out, int num_threads) {
@@ -159,7 +150,7 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
         padded.resize(static_cast<size_t>(matrix.chunks() * kChunk));
     }
     Epilogue epilogue{bias ? padded.data() : nullptr,
-                      activation_of(activation),
+                      activation_named(activation),
                       gated,
                       nullptr,
                       0,
@@ -188,8 +179,19 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
 
 }  // namespace
 
+ActivationKind tandem::activation_named(const std::string& name) {
+    constexpr std::pair<const char*, ActivationKind> kinds[] = {
+        {"none", ActivationKind::none}, {"relu", ActivationKind::relu},
+        {"gelu", ActivationKind::gelu}, {"gelu_new", ActivationKind::gelu_new},
+        {"silu", ActivationKind::silu},
+    };
+    for (const auto& [known, kind] : kinds)
+        if (name == known) return kind;
+    throw py::value_error("activation must be none, relu, gelu, gelu_new or silu, got " + name);
+}
+
 void tandem::register_linear(py::module_& module) {
-    py::class_<PackedWeight>(module, "PackedWeight")
+    py::class_<PackedWeight, std::shared_ptr<PackedWeight>>(module, "PackedWeight")
         .def_static("from_floats", &from_floats)
         .def_static("from_int8", &from_int8)
         .def_static("from_int4", &from_int4)

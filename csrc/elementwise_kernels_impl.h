@@ -3,6 +3,7 @@
 
 #include "activation_impl.h"
 #include "elementwise_kernels.h"
+#include "rotation_impl.h"
 
 namespace tandem {
 namespace {
@@ -23,29 +24,12 @@ void differentiate(const float* x, const float* grad_out, float* grad_x, int64_t
                    n - i);
 }
 
-inline void rotate_pair(Vec& first, Vec& second, Vec cos, Vec sin) {
-    const Vec x = first, y = second;
-    first = multiply_add(x, cos, -(y * sin));
-    second = multiply_add(y, cos, x * sin);
-}
-
 void rotate(const TokenHeads& token) {
-    const int64_t half = token.half, whole = half - half % kWidth, rest = half - whole;
+    const int64_t half = token.half;
     for (int64_t head = 0; head < token.heads; ++head) {
         const float* x = token.x + head * token.head_stride;
         float* out = token.out + head * 2 * half;
-        for (int64_t i = 0; i < whole; i += kWidth) {
-            Vec first = load(x + i), second = load(x + half + i);
-            rotate_pair(first, second, load(token.cos + i), load(token.sin + i) * token.direction);
-            store(out + i, first);
-            store(out + half + i, second);
-        }
-        if (rest == 0) continue;
-        Vec first = load_some(x + whole, rest), second = load_some(x + half + whole, rest);
-        rotate_pair(first, second, load_some(token.cos + whole, rest),
-                    load_some(token.sin + whole, rest) * token.direction);
-        store_some(out + whole, first, rest);
-        store_some(out + half + whole, second, rest);
+        rotate_pairs(x, x + half, token.cos, token.sin, token.direction, half, out, out + half);
     }
 }
 

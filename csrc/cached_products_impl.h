@@ -1,0 +1,162 @@
+// The two products of attention over cached pages, compiled once a CPU path: queries with keys, weights with
+// values. Cached elements become floats on their way into the registers.
+//
+// Every element of a product is one chain of fused multiply-adds, over head_dim or over keys in order, so its
+// bits do not depend on the rows and pages that are handled together.
+#pragma once
+
+#include "attention_rows_impl.h"
+#include "cached_attention_kernels.h"
+
+namespace tandem {
+namespace {
+
+// Sums kept in registers, of 32 or 16, and the rows of a tile: enough sums for two vectors of each row.
+#if defined(__AVX512F__)
+constexpr int kSums = 16;
+constexpr int kQueryRows = 8;
+#elif defined(__AVX2__)
+constexpr int kSums = 8;
+constexpr int kQueryRows = 4;
+#else
+constexpr int kSums = 8;
+constexpr int kQueryRows = 2;
+#endif
+static_assert(kQueryRows <= kMostTileRows);
+
+// From a row of scores to the next: a segment, and an odd number of cache lines between rows.
+constexpr int64_t kScoreStride = kSegment + kPage;
+
+using Halves = uint16_t __attribute__((vector_size(kWidth * 2)));
+using Bytes = int8_t __attribute__((vector_size(kWidth)));
+
+// Elements of the cache, bfloat16 as its bits.
+inline Vec load_cached(const float* p) { return load(p); }
+
+inline Vec load_cached(const uint16_t* p) {
+    Halves h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+}
+
+inline Vec load_cached(const int8_t* p) {
+    Bytes b;
+    __builtin_memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, Ints), Vec);
+}
+
+// The pages of a kv head that hold some keys of a segment.
+struct Pages {
+    int64_t first, count;  // in the sequence
+    int64_t part;          // bytes from keys to values
+    const std::byte* keys[kSegment / kPage];
+
+    Pages(const CachedHead& head, KeyRange range)
+        : first(range.begin / kPage),
+          count((range.end + kPage - 1) / kPage - first),
+          part(part_bytes(head.cache.type, head.cache.head_dim)) {
+        const int64_t per_block = head.cache.pages_per_block();
+        int64_t entry = first / per_block, page = first % per_block;
+        for (int64_t i = 0; i < count; ++i) {
+            keys[i] = head.cache.keys(head.blocks[entry], page, head.kv_head);
+            if (++page < per_block) continue;
+            page = 0;
+            ++entry;
+        }
+    }
+
+    int64_t first_key() const { return first * kPage; }
+    const std::byte* values(int64_t i) const { return keys[i] + part; }
+};
+
+// Scores of kRows rows with kPages pages of keys; q is (head_dim, kRows).
+template <class T, int kRows, int kPages>
+void multiply_pages(const std::byte* const* pages, const float* q, int64_t head_dim, float* scores) {
+    const T* keys[kPages];
+    for (int n = 0; n < kPages; ++n) keys[n] = reinterpret_cast<const T*>(pages[n]);
+    Vec sums[kRows][kPages * kParts];
+    for (auto& row : sums)
+        for (Vec& sum : row) sum = splat(0.0f);
+    for (int64_t d = 0; d < head_dim; ++d) {
+        Vec key[kPages * kParts];
+        for (int n = 0; n < kPages; ++n)
+            for (int p = 0; p < kParts; ++p)
+                key[n * kParts + p] = load_cached(keys[n] + d * kPage + p * kWidth);
+        for (int i = 0; i < kRows; ++i) {
+            const Vec x = splat(q[d * kRows + i]);
+            for (int n = 0; n < kPages * kParts; ++n) sums[i][n] = multiply_add(x, key[n], sums[i][n]);
+        }
+    }
+    for (int i = 0; i < kRows; ++i)
+        for (int n = 0; n < kPages * kParts; ++n) store(scores + i * kScoreStride + n * kWidth, sums[i][n]);
+}
+
+template <class T, int kRows>
+void multiply_keys(const Pages& pages, const float* q, int64_t head_dim, float* scores) {
+    constexpr int kFit = kSums / (kRows * kParts);
+    constexpr int kPages = kFit > 4 ? 4 : kFit < 1 ? 1 : kFit;
+    int64_t n = 0;
+    for (; n + kPages <= pages.count; n += kPages)
+        multiply_pages<T, kRows, kPages>(pages.keys + n, q, head_dim, scores + n * kPage);
+    for (; n < pages.count; ++n) multiply_pages<T, kRows, 1>(pages.keys + n, q, head_dim, scores + n * kPage);
+}
+
+// Adds `count` weighted values of one page, of which kVecs vectors, to the rows of out.
+template <class T, int kRows, int kVecs>
+inline void add_columns(const T* values, const float* weights, int64_t count, int64_t width, float* out) {
+    Vec sums[kRows][kVecs];
+    for (int i = 0; i < kRows; ++i)
+        for (int n = 0; n < kVecs; ++n) sums[i][n] = load(out + i * width + n * kWidth);
+    for (int64_t j = 0; j < count; ++j) {
+        Vec value[kVecs];
+        for (int n = 0; n < kVecs; ++n) value[n] = load_cached(values + j * width + n * kWidth);
+        for (int i = 0; i < kRows; ++i) {
+            const Vec weight = splat(weights[i * kScoreStride + j]);
+            for (int n = 0; n < kVecs; ++n) sums[i][n] = multiply_add(weight, value[n], sums[i][n]);
+        }
+    }
+    for (int i = 0; i < kRows; ++i)
+        for (int n = 0; n < kVecs; ++n) store(out + i * width + n * kWidth, sums[i][n]);
+}
+
+// Adds the values of keys in `range`, weighted; weights are those of the pages' keys from the first on.
+template <class T, int kRows>
+void add_values(const Pages& pages, KeyRange range, const float* weights, int64_t width, float* out) {
+    constexpr int kFit = kSums / kRows;
+    constexpr int kVecs = kFit > 4 ? 4 : kFit;
+    for (int64_t j = range.begin - pages.first_key(), end = range.end - pages.first_key(); j < end;) {
+        const int64_t lane = j % kPage, count = at_most(kPage - lane, end - j);
+        const T* values = reinterpret_cast<const T*>(pages.values(j / kPage)) + lane * width;
+        int64_t n = 0;
+        for (; n + kVecs * kWidth <= width; n += kVecs * kWidth)
+            add_columns<T, kRows, kVecs>(values + n, weights + j, count, width, out + n);
+        for (; n < width; n += kWidth)
+            add_columns<T, kRows, 1>(values + n, weights + j, count, width, out + n);
+        j += count;
+    }
+}
+
+// The products of a tile of 1, 2, 4 or 8 rows.
+template <class T>
+struct Products {
+    void (*multiply_keys)(const Pages& pages, const float* q, int64_t head_dim, float* scores);
+    void (*add_values)(const Pages& pages, KeyRange range, const float* weights, int64_t width, float* out);
+};
+
+template <class T, int kRows>
+constexpr Products<T> kProductsOf = {multiply_keys<T, kRows>, add_values<T, kRows>};
+
+// `rows` is a power of two, at most kQueryRows.
+template <class T>
+inline const Products<T>& products(int64_t rows) {
+#if defined(__AVX512F__)
+    if (rows == 8) return kProductsOf<T, 8>;
+#endif
+#if defined(__AVX2__)
+    if (rows == 4) return kProductsOf<T, 4>;
+#endif
+    return rows == 2 ? kProductsOf<T, 2> : kProductsOf<T, 1>;
+}
+
+}  // namespace
+}  // namespace tandem
