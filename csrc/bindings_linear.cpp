@@ -199,6 +199,12 @@ void tandem::register_linear(py::module_& module) {
         .def_property_readonly("storage", [](const PackedWeight& w) { return name_of(w.matrix().storage); })
         .def_property_readonly("outputs", [](const PackedWeight& w) { return w.matrix().outputs; })
         .def_property_readonly("inputs", [](const PackedWeight& w) { return w.matrix().inputs; })
+        .def_property_readonly("takes_bytes",
+                               [](const PackedWeight& w) { return w.matrix().storage >= Storage::int8; })
+        // Of the rows of bytes it takes: their width, and the groups their sums are of.
+        .def_property_readonly(
+            "byte_layout",
+            [](const PackedWeight& w) { return std::pair(byte_stride(w.matrix()), byte_groups(w.matrix())); })
         .def_property_readonly("nbytes", &PackedWeight::nbytes);
     module.def("linear", &linear_op);
 }

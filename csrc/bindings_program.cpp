@@ -102,13 +102,24 @@ class Builder {
         program_.add(std::move(op));
     }
 
-    void quantize(int x, int bytes) {
+    void select(int x, int out, float scale) {
+        auto op = std::make_unique<Select>();
+        check_width("out", out, program_.activations.width(check_floats("x", x)));
+        if (x == out) throw py::value_error("out must be other rows than x");
+        op->x = x;
+        op->out = out;
+        op->scale = scale;
+        program_.add(std::move(op));
+    }
+
+    void quantize(int x, int bytes, bool selected) {
         auto op = std::make_unique<Quantize>();
         const int64_t width = program_.activations.width(check_floats("x", x));
         check_bytes(bytes, width, 0);
         op->x = x;
         op->bytes = bytes;
         op->group = group_of(bytes, width);
+        op->selected = selected;
         program_.add(std::move(op));
     }
 
@@ -290,8 +301,9 @@ class Builder {
                 "a linear layer takes rows of floats, or of bytes where its weights are integers");
         if (takes_bytes)
             check_bytes(bytes, matrix.inputs, byte_groups(matrix));
-        else
-            check_width("x", x, matrix.inputs);
+        else if (program_.activations.width(check_floats("x", x)) < matrix.inputs)
+            throw py::value_error("x is narrower than the weight's " + std::to_string(matrix.inputs) +
+                                  " inputs");
     }
 
     static void check_heads(int64_t heads, int64_t kv_heads) {
@@ -412,6 +424,7 @@ void tandem::register_program(py::module_& module) {
         .def("embed", &Builder::embed)
         .def("rotary", &Builder::rotary)
         .def("norm", &Builder::norm)
+        .def("select", &Builder::select)
         .def("quantize", &Builder::quantize)
         .def("linear", &Builder::linear)
         .def("head", &Builder::head)

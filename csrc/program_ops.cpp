@@ -78,8 +78,8 @@ void Norm::run(const Step& step, Activations& activations, Team& team) const {
 }
 
 void Quantize::run(const Step& step, Activations& activations, Team& team) const {
-    quantize_rows({activations.floats(x), activations.stride(x)}, step.tokens, activations.width(x), group,
-                  activations.bytes(bytes), team);
+    quantize_rows({activations.floats(x), activations.stride(x)}, selected ? step.num_selected : step.tokens,
+                  activations.width(x), group, activations.bytes(bytes), team);
 }
 
 void LinearLayer::run(const Step& step, Activations& activations, Team& team) const {
@@ -108,6 +108,15 @@ void Head::run(const Step& step, Activations& activations, Team& team) const {
         float* logits = step.out + row * step.out_stride;
         for (int64_t i = 0; i < weight->matrix().outputs; ++i)
             logits[i] = softcap * std::tanh(logits[i] / softcap);
+    });
+}
+
+void Select::run(const Step& step, Activations& activations, Team& team) const {
+    const int64_t width = activations.width(x), stride = activations.stride(x);
+    for_rows(team, step.num_selected, [&](int64_t row) {
+        const float* from = activations.floats(x) + step.selected[row] * stride;
+        float* to = activations.floats(out) + row * activations.stride(out);
+        for (int64_t i = 0; i < width; ++i) to[i] = from[i] * scale;
     });
 }
 

@@ -49,6 +49,7 @@ class Quantize : public Op {
   public:
     int x, bytes;
     int64_t group;
+    bool selected;  // as many rows as are selected, which are side by side
     void run(const Step&, Activations&, Team&) const override;
 };
 
@@ -73,6 +74,14 @@ class Head : public Op {
     float softcap;
     void run(const Step&, Activations&, Team&) const override;
     OpKind kind() const override { return OpKind::linear; }
+};
+
+// Puts the selected rows side by side, multiplied by a number.
+class Select : public Op {
+  public:
+    int x, out;
+    float scale;
+    void run(const Step&, Activations&, Team&) const override;
 };
 
 // Copies the selected rows into the step's output.
