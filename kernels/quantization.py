@@ -66,6 +66,10 @@ class QuantizedWeight:
         return self.shape[1] if self.bits == 8 else self.shape[1] // self.scales.shape[1]
 
     @property
+    def symmetric(self) -> bool:
+        return self.minimums is None
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
 
@@ -95,7 +99,7 @@ class QuantizedWeight:
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """One matrix of the rows of several of one kind. Raises ValueError for those of different kinds."""
-    kinds = {(weight.bits, weight.shape[1], weight.group, weight.minimums is None) for weight in weights}
+    kinds = {(weight.bits, weight.shape[1], weight.group, weight.symmetric) for weight in weights}
     if len(kinds) != 1:
         raise ValueError(f"rows of {len(kinds)} kinds of quantised weights do not make one matrix")
     return QuantizedWeight(*map(torch.cat, zip(*(weight._tensors() for weight in weights), strict=True)))

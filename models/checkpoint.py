@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.assembly import assemble, has_own_head
+from models.assembly import NamedWeights, fill, has_own_head, named_weights
 from models.config import MODEL_TYPE, ConfigError, TransformerConfig
 from models.families import family_of
 from models.families.family import Family
@@ -20,6 +20,7 @@ from models.files import CheckpointError, read_json
 from models.generation import GenerationConfig, read_generation
 from models.gguf.folder import open_gguf
 from models.hub import GGUF_SUFFIX, resolve_folder
+from models.sources import Quantization
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder, build_model
 from models.weights import SAFETENSORS_FILE, Weights, open_weights
@@ -38,12 +39,34 @@ def save(folder: Path, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer
 
 
 def load(
-    model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    model: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    quantization: Quantization | None = None,
 ) -> tuple[DecoderOnly | EncoderDecoder, Tokenizer | None]:
     """The model, in evaluation mode, and its tokenizer (None where there is none).
 
-    ``model`` is a folder, a GGUF file or the id of a repository on the Hub; ``dtype`` None keeps the file's.
+    ``model`` is a folder, a GGUF file or the id of a repository on the Hub; ``dtype`` None keeps the file's. The
+    weights are floats: with ``quantization`` "int8" or "int4" those that quantised ones stand for, else the file's.
     Raises CheckpointError, in one sentence, for what is missing, broken or not supported.
+    """
+    device = torch.device(device)
+    built, tokenizer, weights = open_model(model, quantization, device=device, dtype=dtype)
+    fill(built, weights, device, dtype)
+    return built.eval(), tokenizer
+
+
+def open_model(
+    model: str | Path,
+    quantization: Quantization | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[DecoderOnly | EncoderDecoder, Tokenizer | None, NamedWeights]:
+    """The model on the meta device, its tokenizer, and its weights as ``models.assembly.named_weights`` gives them.
+
+    They are read when they are asked for, so that they take the memory of one beside what is made of them. Raises
+    CheckpointError as ``load`` does: for shapes and numbers when they are read.
     """
     path = resolve_folder(model)
     try:
@@ -59,8 +82,8 @@ def load(
         built.generation = _generation(path, values, config.target_vocab_size or config.vocab_size)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    assemble(built, weights, family, torch.device(device), dtype, where=path)
-    return built.eval(), tokenizer
+    named = named_weights(built, weights, family, where=path, quantization=quantization, device=device, dtype=dtype)
+    return built, tokenizer, named
 
 
 def _open_folder(folder: Path) -> tuple[dict[str, Any], Weights, Tokenizer | None]:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.quantization import QuantizedWeight
 from models.files import CheckpointError, read_json
 
 SAFETENSORS_FILE, TORCH_FILE = "model.safetensors", "pytorch_model.bin"
@@ -23,7 +24,7 @@ INDEX_SUFFIX = ".index.json"
 WEIGHT_FILES = tuple(name + suffix for name in (SAFETENSORS_FILE, TORCH_FILE) for suffix in ("", INDEX_SUFFIX))
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8,
+    "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 LFS_POINTER = b"version https://git-lfs"
 ZIP_MAGIC = b"PK\x03\x04"
@@ -31,18 +32,26 @@ REFUSALS = ("GLOBAL", "allowlisted", "unrecognized function")  # what PyTorch sa
 
 
 class Weights(Protocol):
-    """The tensors of a checkpoint by the names its files give them. Reading an unknown name is a KeyError."""
+    """The tensors of a checkpoint by the names its files give them. Reading an unknown name is a KeyError.
+
+    A quantised matrix is one of them, under the name it would have as floats.
+    """
 
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, in the dtype it is stored in; a view of the file where it can be, not to be written.
+        """The tensor on the CPU, in the dtype it is stored in (float32 if it is quantised); a view of the file where
+        it can be, not to be written.
 
         Raises CheckpointError for a file that broke since it was opened.
         """
         ...
+
+    def quantized(self, name: str) -> QuantizedWeight | None:
+        """The tensor as the integers it is stored as, or the nearest to them that we have; None if it is floats."""
+        return None
 
 
 def open_weights(folder: Path) -> Weights:
@@ -80,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in _listed_shards(path)] if path.name.endswith(INDEX_SUFFIX) else [path]
 
 
-class SafetensorsFile:
+class SafetensorsFile(Weights):
     """A file of the safetensors format.
 
     Every read maps the file anew: a mapping lasts as long as its tensors, so pages that were copied from are let go
@@ -134,7 +143,7 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from None
 
 
-class TorchFile:
+class TorchFile(Weights):
     """A file that torch.save wrote: tensors in a pickle, of which nothing but tensors is unpickled.
 
     The file is mapped, whole and until the last tensor goes; only the format of before PyTorch 1.6 is read into memory.
@@ -177,7 +186,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class ShardedWeights:
+class ShardedWeights(Weights):
     """The files that an index spreads a model's tensors over, each tensor read from the one it is listed under."""
 
     def __init__(self, index: Path, open_file: Callable[[Path], Weights]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -37,10 +37,12 @@ class Source:
     Attributes:
         names: of their tensors, whose rows are stacked. Each may be several names for one tied tensor, joined by "|".
         convert: changes each of theirs, given the model's config, before its rows are stacked.
+        moves_rows: whether convert does nothing but reorder rows, which quantised ones go through too.
     """
 
     names: tuple[str, ...]
     convert: Callable[[Tensor, TransformerConfig], Tensor] | None = None
+    moves_rows: bool = False
 
 
 Entry = str | tuple[str, ...] | Source
@@ -76,7 +78,7 @@ def source_of(parameter: str, weights: Mapping[str, Entry]) -> Source:
     source = entry if isinstance(entry, Source) else Source((entry,) if isinstance(entry, str) else entry)
     number = "" if layer is None else layer[1]
     names = (name if exact else "|".join(f"{alias}.{kind}" for alias in name.split("|")) for name in source.names)
-    return Source(tuple(name.replace("{i}", number) for name in names), source.convert)
+    return replace(source, names=tuple(name.replace("{i}", number) for name in names))
 
 
 def transpose(x: Tensor, config: TransformerConfig) -> Tensor:

@@ -21,7 +21,7 @@ WEIGHTS: dict[str, Entry] = {
     "decoder.norm": "gpt_neox.final_layer_norm",
     "lm_head": "embed_out",
     "decoder.blocks.{i}.attention_norm": "gpt_neox.layers.{i}.input_layernorm",
-    "decoder.blocks.{i}.attention.qkv": Source(("gpt_neox.layers.{i}.attention.query_key_value",), by_kind),
+    "decoder.blocks.{i}.attention.qkv": Source(("gpt_neox.layers.{i}.attention.query_key_value",), by_kind, True),
     "decoder.blocks.{i}.attention.out": "gpt_neox.layers.{i}.attention.dense",
     "decoder.blocks.{i}.ffn_norm": "gpt_neox.layers.{i}.post_attention_layernorm",
     "decoder.blocks.{i}.ffn.up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",

@@ -61,7 +61,7 @@ def _tokenizer(given: GgufVocabulary) -> Tokenizer:
     return Tokenizer(given.vocabulary, special=special, chat_template=given.chat_template)
 
 
-class GgufWeights:
+class GgufWeights(Weights):
     """A GGUF file's tensors under their Hugging Face names, each dequantised to float32 when it is read."""
 
     def __init__(self, file: GgufFile, config: dict[str, Any]) -> None:
