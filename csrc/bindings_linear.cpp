@@ -40,12 +40,12 @@ std::vector<int64_t> order_of(const Optional& order, int64_t count) {
 }
 
 template <class Source>
-std::unique_ptr<PackedWeight> pack(PackedMatrix shape, const Source& source,
+std::shared_ptr<PackedWeight> pack(PackedMatrix shape, const Source& source,
                                    const std::vector<int64_t>& order, int num_threads) {
     check_threads(num_threads);
     const py::gil_scoped_release release;
     shape.outputs = static_cast<int64_t>(order.size());
-    return std::make_unique<PackedWeight>(shape, source, order, num_threads);
+    return std::make_shared<PackedWeight>(shape, source, order, num_threads);
 }
 
 void require_matrix(const py::array& array, const char* name, bool is_wanted, const std::string& kind) {
@@ -54,7 +54,7 @@ void require_matrix(const py::array& array, const char* name, bool is_wanted, co
     require(fits, name, "a matrix of " + kind + " with contiguous rows that are not empty", array);
 }
 
-std::unique_ptr<PackedWeight> from_floats(const py::array& values, bool bfloat16, const Optional& order,
+std::shared_ptr<PackedWeight> from_floats(const py::array& values, bool bfloat16, const Optional& order,
                                           int num_threads) {
     const bool wide = is<float>(values);
     require_matrix(values, "values", wide || is<uint16_t>(values), "float32 or uint16");
@@ -65,7 +65,7 @@ std::unique_ptr<PackedWeight> from_floats(const py::array& values, bool bfloat16
     return pack(shape, source, order_of(order, values.shape(0)), num_threads);
 }
 
-std::unique_ptr<PackedWeight> from_int8(const py::array& values, const py::array& scales,
+std::shared_ptr<PackedWeight> from_int8(const py::array& values, const py::array& scales,
                                         const Optional& order, int num_threads) {
     require_matrix(values, "values", is<int8_t>(values), "int8");
     require_run<float>(scales, "scales", values.shape(0), "float32");
@@ -84,7 +84,7 @@ std::unique_ptr<PackedWeight> from_int8(const py::array& values, const py::array
     return packed;
 }
 
-std::unique_ptr<PackedWeight> from_int4(const py::array& values, const py::array& scales,
+std::shared_ptr<PackedWeight> from_int4(const py::array& values, const py::array& scales,
                                         const Optional& minimums, const Optional& order, int num_threads) {
     require_matrix(values, "values", is<uint8_t>(values), "uint8");
     const py::ssize_t rows = values.shape(0), inputs = 2 * values.shape(1);

@@ -243,7 +243,7 @@ class Builder {
         step.num_selected = selected.size();
         step.selected = ids_of(selected, "selected", step.num_selected, step.tokens);
         const bool fits = is<float>(out) && out.ndim() == 2 && out.shape(0) == step.num_selected &&
-                          out.shape(1) == out_width_ && out.strides(1) == out.itemsize() && out.writeable() &&
+                          out.shape(1) == out_width_ && out.writeable() &&
                           (out.flags() & py::array::c_style) != 0;
         require(fits, "out",
                 "contiguous float32 (" + std::to_string(step.num_selected) + ", " +

@@ -67,11 +67,14 @@ void Norm::run(const Step& step, Activations& activations, Team& team) const {
     for_rows(team, selected ? step.num_selected : step.tokens, [&](int64_t row) {
         const float* one = from + (selected ? step.selected[row] : row) * stride;
         float* result = to + row * out_stride;
-        for (int64_t head = 0; head < heads; ++head)
-            kernel(one + head * width, width, weights, result + head * width);
-        if (added != kNone) {
+        if (added == kNone) {
+            for (int64_t head = 0; head < heads; ++head)
+                kernel(one + head * width, width, weights, result + head * width);
+        } else {
+            float* normed = activations.floats(x) + row * stride;
             const float* other = activations.floats(added) + row * activations.stride(added);
-            for (int64_t i = 0; i < width; ++i) result[i] += other[i];
+            kernel(normed, width, weights, normed);
+            for (int64_t i = 0; i < width; ++i) result[i] = normed[i] + other[i];
         }
         if (bytes != kNone) quantize(result, width, group, activations.bytes(bytes), row);
     });

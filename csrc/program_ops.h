@@ -38,7 +38,7 @@ class Norm : public Op {
     bool subtract_mean;
     int x, out;
     int64_t column, heads;
-    int added;  // rows that are added to the norm; kNone: none
+    int added;  // rows that are added to the norm, which also takes x's place; kNone: none
     int bytes;  // the norm rounded to eight bits; kNone: not wanted
     int64_t group;
     bool selected;  // only the rows of the step's selection, which are then side by side

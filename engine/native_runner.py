@@ -103,7 +103,9 @@ class NativeRunner:
         self, sequences: list[Sequence], part: Slice, selected: NDArray[np.int64], out: NDArray[np.float32]
     ) -> None:
         chosen = [sequences[i] for i in part.sequences]
-        rows = np.fromiter((sequence.row.index for sequence in chosen if sequence.row is not None), np.int64, len(chosen))
+        rows = np.fromiter(
+            (sequence.row.index for sequence in chosen if sequence.row is not None), np.int64, len(chosen)
+        )
         ends = part.starts + part.counts
         offsets = _offsets(part.counts)
         if offsets[-1] == len(chosen):

@@ -18,6 +18,8 @@ from models.transformer import DecoderOnly, EncoderDecoder
 class Runner(Protocol):
     """What the engine asks of a model and its cache. Every method takes packed batches; nothing is padded."""
 
+    cache: KVCache
+
     def encode(self, requests: list[Request]) -> None:
         """Runs the requests' sources through the encoder and stores what cross-attention reads of them."""
         ...

@@ -117,10 +117,11 @@ def _slots(model: nn.Module, family: Family) -> Iterator[Slot]:
     assert isinstance(model.config, TransformerConfig)
     weights = None if family.weights is None else family.weights(model.config)
     for parameter, own in names.items():
-        yield Slot(own, parameter.shape, [_source(name, weights) for name in own], _is_linear(model, own[0]))
+        yield Slot(own, parameter.shape, [_source(name, weights) for name in own], is_linear(model, own[0]))
 
 
-def _is_linear(model: nn.Module, name: str) -> bool:
+def is_linear(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is what a linear layer multiplies by, or token embeddings: what may be quantised."""
     module, _, leaf = name.rpartition(".")
     is_embedding = module.endswith(".embedding.tokens")
     return leaf == "weight" and (is_embedding or isinstance(model.get_submodule(module), Linear))

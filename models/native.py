@@ -6,7 +6,7 @@ program. One call then takes a step from token ids to logits, without Python or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from kernels.cached_attention import CacheFormat
 from kernels.extension import _C
 from kernels.packed_linear import PackedWeight, gated_order, pack
-from kernels.quantization import QuantizedWeight
+from kernels.quantization import QuantizedWeight, quantize
+from models.assembly import NamedWeights, Weight, is_linear
 from models.config import TransformerConfig
 from models.layers import GATES, Attention, Block, FeedForward, LayerNorm, Linear, RMSNorm
-from models.positions import Table
+from models.sources import BITS, FOUR_BIT_GROUP
 from models.transformer import DecoderOnly, EncoderDecoder, Stack
 
 Floats = NDArray[np.float32]
@@ -32,39 +33,51 @@ Scores = tuple[int, float, Floats | None, Floats | None]
 class Weights:
     """A model's weights by the names its modules give them: matrices packed, everything else float32 arrays."""
 
-    def __init__(self, model: nn.Module, given: Iterable[tuple[list[str], Tensor | QuantizedWeight]]) -> None:
-        self.names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
-        orders = {f"{self.names[module]}.up": module for module in model.modules() if isinstance(module, FeedForward)}
-        matrices = {self.names[module]: module for module in model.modules() if isinstance(module, Linear | Table)}
+    def __init__(self, model: nn.Module, given: NamedWeights) -> None:
+        self._names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+        orders = {f"{self._names[ffn]}.up": _order(ffn) for ffn in model.modules() if isinstance(ffn, FeedForward)}
         self._values: dict[str, Any] = {}
         for names, weight in given:
-            owners = [name.rpartition(".")[0] for name in names]
-            ffn = orders.get(owners[0])
-            gated = ffn is not None and ffn.activation in GATES
-            order = gated_order(len(weight.values if isinstance(weight, QuantizedWeight) else weight) // 2) if gated else None
-            if isinstance(weight, QuantizedWeight) or (names[0].endswith("weight") and owners[0] in matrices and weight.dim() == 2):
+            order = orders.get(names[0].rpartition(".")[0])
+            if isinstance(weight, QuantizedWeight) or is_linear(model, names[0]):
                 value: Any = pack(weight, order=order)
             else:
-                value = weight.detach().float().contiguous()
-                if order is not None:
-                    value = torch.where(order >= 0, value[order.clamp(min=0)], 0)
-                value = value.numpy()
+                value = _array(weight, order)
             self._values |= dict.fromkeys(names, value)
 
+    @property
+    def are_exact(self) -> bool:
+        """Whether all matrices are in float32."""
+        packed = (value for value in self._values.values() if isinstance(value, PackedWeight))
+        return all(weight.storage == "float32" for weight in packed)
+
     def matrix(self, module: nn.Module) -> PackedWeight:
-        return self._values[f"{self.names[module]}.weight"]
+        return self._values[f"{self._names[module]}.weight"]
 
     def vector(self, module: nn.Module, name: str = "weight") -> Floats | None:
         """None where the module has none."""
-        return self._values.get(f"{self.names[module]}.{name}")
+        return self._values.get(f"{self._names[module]}.{name}")
 
 
-def live_weights(model: nn.Module) -> Iterable[tuple[list[str], Tensor]]:
-    """Every parameter of a model under all of its names, for ``Weights``."""
+def _order(ffn: FeedForward) -> Tensor | None:
+    return gated_order(ffn.up.out_features // 2) if ffn.activation in GATES else None
+
+
+def _array(weight: Tensor, order: Tensor | None) -> Floats:
+    values = weight.detach().float().contiguous()
+    return (values if order is None else torch.where(order >= 0, values[order.clamp(min=0)], 0.0)).numpy()
+
+
+def live_weights(model: nn.Module, quantization: str | None) -> NamedWeights:
+    """The weights of a model as they are now, quantised if asked, as ``models.checkpoint.open_model`` gives a file's."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    return ((own, parameter) for parameter, own in names.items())
+    for parameter, own in names.items():
+        weight: Weight = parameter.detach()
+        if quantization in BITS and is_linear(model, own[0]):
+            weight = quantize(weight, 8 if weight.shape[1] % FOUR_BIT_GROUP else BITS[quantization])
+        yield own, weight
 
 
 @dataclass
@@ -86,7 +99,17 @@ class StackProgram:
             self._floats[key] = self.program.floats(width)
         return self._floats[key]
 
-    def norm(self, module: nn.Module, x: int, out: int, *, feeds: PackedWeight | None = None, added: int = NONE, selected: bool = False, scale: float = 1.0) -> None:
+    def norm(
+        self,
+        module: nn.Module,
+        x: int,
+        out: int,
+        *,
+        feeds: PackedWeight | None = None,
+        added: int = NONE,
+        selected: bool = False,
+        scale: float = 1.0,
+    ) -> None:
         """``feeds``: the weight that reads the norm, and may want it rounded."""
         takes = NONE if feeds is None or not feeds.takes_bytes else self._bytes_for(feeds)
         self._norm(module, x, out, added=added, takes=takes, selected=selected, scale=scale)
@@ -96,7 +119,19 @@ class StackProgram:
         if module is not None:
             self._norm(module, x, x, column=column, heads=heads)
 
-    def _norm(self, module: nn.Module, x: int, out: int, *, column: int = 0, heads: int = 1, added: int = NONE, takes: int = NONE, selected: bool = False, scale: float = 1.0) -> None:
+    def _norm(
+        self,
+        module: nn.Module,
+        x: int,
+        out: int,
+        *,
+        column: int = 0,
+        heads: int = 1,
+        added: int = NONE,
+        takes: int = NONE,
+        selected: bool = False,
+        scale: float = 1.0,
+    ) -> None:
         assert isinstance(module, RMSNorm | LayerNorm)
         weight, bias = self.weights.vector(module), self.weights.vector(module, "bias")
         assert weight is not None
@@ -105,7 +140,16 @@ class StackProgram:
         is_layer_norm = isinstance(module, LayerNorm)
         self.program.norm(x, weight, bias, module.eps, is_layer_norm, out, column, heads, added, takes, selected)
 
-    def linear(self, module: nn.Module, x: int, out: int, *, activation: str = "none", gated: bool = False, residual: int = NONE) -> None:
+    def linear(
+        self,
+        module: nn.Module,
+        x: int,
+        out: int,
+        *,
+        activation: str = "none",
+        gated: bool = False,
+        residual: int = NONE,
+    ) -> None:
         weight = self.weights.matrix(module)
         feeds = self.fed(weight, x)
         self.program.linear(weight, self.weights.vector(module, "bias"), activation, gated, *feeds, residual, out)
@@ -138,7 +182,7 @@ class StackProgram:
         embedding, x = stack.embedding, self.rows("residual", self.config.dim)
         table = None
         if embedding.positions is not None:
-            table = self.weights.matrix(embedding.positions).rows(np.arange(embedding.positions.num_embeddings))
+            table = self.weights.vector(embedding.positions)
         elif embedding.sinusoids is not None:
             table = embedding.sinusoids.float().numpy()
         self.program.embed(self.weights.matrix(embedding.tokens), embedding.scale or 1.0, table, embedding.offset, x)
@@ -163,7 +207,9 @@ class StackProgram:
         ]
         cross = block.cross_attention
         if cross is not None:
-            branches.insert(1, ("cross_attention", lambda y, out, residual: self._attend_to_source(cross, y, out, residual)))
+            branches.insert(
+                1, ("cross_attention", lambda y, out, residual: self._attend_to_source(cross, y, out, residual))
+            )
         y = self.rows("branch", self.config.dim)
         for name, branch in branches:
             norm = getattr(block, f"{name}_norm")
