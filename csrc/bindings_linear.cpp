@@ -166,11 +166,11 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
     const py::gil_scoped_release release;
     const bool bytes = matrix.storage >= Storage::int8 && !(widen && matrix.storage == Storage::int4);
     if (!bytes) {
-        const LinearBatch batch = {&matrix, from, {}, epilogue};
+        const LinearBatch batch = {&matrix, from, {}, epilogue, nullptr};
         return run_team(num_threads, [&](Team& team) { linear(batch, rows, team); });
     }
     QuantizedRows quantized(matrix, rows);
-    const LinearBatch batch = {&matrix, {}, quantized.view(), epilogue};
+    const LinearBatch batch = {&matrix, {}, quantized.view(), epilogue, nullptr};
     run_team(num_threads, [&](Team& team) {
         quantize_rows(from, rows, matrix.inputs, matrix.group, batch.bytes, team);
         linear(batch, rows, team);

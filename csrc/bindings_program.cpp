@@ -141,6 +141,9 @@ class Builder {
         op->bytes = bytes;
         op->residual = residual;
         op->out = out;
+        op->then = nullptr;
+        reads_next(op->weight->matrix());
+        last_linear_ = op.get();
         program_.add(std::move(op));
     }
 
@@ -150,6 +153,8 @@ class Builder {
         op->bias = bias_of(bias, weight->matrix());
         out_width_ = weight->matrix().outputs;
         op->weight = std::move(weight);
+        reads_next(op->weight->matrix());
+        last_linear_ = nullptr;
         op->x = x;
         op->bytes = bytes;
         op->softcap = softcap;
@@ -263,6 +268,10 @@ class Builder {
         if (value < least)
             throw py::value_error(std::string(name) + " must be at least " + std::to_string(least) +
                                   ", got " + std::to_string(value));
+    }
+
+    void reads_next(const PackedMatrix& matrix) {
+        if (last_linear_ != nullptr) last_linear_->then = &matrix;
     }
 
     int check_floats(const char* name, int id) const {
@@ -408,6 +417,7 @@ class Builder {
     }
 
     Program program_;
+    LinearLayer* last_linear_ = nullptr;
     AttentionLayer layer_{};
     int64_t layers_ = 0, rotated_ = 0, num_tokens_ = 0, num_positions_ = -1, out_width_ = 0;
     bool writes_cache_ = false, reads_own_ = false, reads_source_ = false;

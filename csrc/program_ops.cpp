@@ -96,6 +96,7 @@ void LinearLayer::run(const Step& step, Activations& activations, Team& team) co
         batch.epilogue.residual = activations.floats(residual);
         batch.epilogue.residual_stride = activations.stride(residual);
     }
+    batch.then = then;
     linear(batch, step.tokens, team);
 }
 

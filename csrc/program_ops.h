@@ -61,6 +61,7 @@ class LinearLayer : public Op {
     bool gated;
     int x, bytes;  // one of them
     int residual, out;
+    const PackedMatrix* then;  // the weight that is read next
     void run(const Step&, Activations&, Team&) const override;
     OpKind kind() const override { return OpKind::linear; }
 };
