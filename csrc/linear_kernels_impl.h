@@ -12,7 +12,7 @@
 namespace tandem {
 namespace {
 
-constexpr int64_t kSumRows = 48;  // rows whose sums are held at a time where weights are widened
+constexpr int64_t kSumRows = 48;  // rows whose sums are held at a time
 
 // How many steps of fetching a tile has, over all its passes through the chunk.
 constexpr int64_t kPasses = kChunk / (kFloatVecs * kWidth);
@@ -34,35 +34,81 @@ inline void finish_rows(const LinearBatch& batch, float* sums, int64_t row, int6
         finish_row(batch.epilogue, sums + i * kChunk, row + i, chunk, batch.weight->outputs);
 }
 
+// A few rows go through the chunk in one pass, as fast as memory gives it.
 template <class Weights>
-void float_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk,
-                 Upcoming upcoming) {
+void few_rows_chunk(const LinearBatch& batch, int64_t row, int64_t rows, int64_t chunk, Upcoming upcoming) {
     const PackedMatrix& w = *batch.weight;
     const auto* weights = reinterpret_cast<const typename Weights::Number*>(w.chunk(chunk));
-    for_row_tiles(first_row, rows, kFloatRows, [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
-        alignas(64) float sums[kFloatRows * kChunk];
-        const FloatRows x = {batch.x.data + row * batch.x.stride, batch.x.stride};
-        Prefetcher ahead(upcoming, tile, tiles, kPasses * w.inputs / kFloatStep + 1);
-        float_product<Weights, false>(x, size, weights, w.inputs, ahead, sums);
-        finish_rows(batch, sums, row, size, chunk);
-    });
+    alignas(64) float sums[kFloatRows * kChunk];
+    const FloatRows x = {batch.x.data + row * batch.x.stride, batch.x.stride};
+    Prefetcher ahead(upcoming, 0, 1, kPasses * w.inputs / kFloatStep + 1);
+    float_product<Weights, false>(x, rows, weights, w.inputs, ahead, sums);
+    finish_rows(batch, sums, row, rows, chunk);
 }
 
-void widened_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk) {
+// More rows share each block of a chunk's inputs while it is in the first-level cache, which the next block
+// enters meanwhile: read again from the second level, it would keep the fetching from memory waiting. Source
+// gives the blocks: how many inputs they have, where their bytes are, and what they are as floats.
+template <class Source>
+void blocked_chunk(const LinearBatch& batch, const Source& source, int64_t first_row, int64_t rows,
+                   int64_t chunk, Upcoming upcoming) {
     const PackedMatrix& w = *batch.weight;
-    alignas(64) float wide[kDepthUnit * kChunk];
-    Prefetcher nothing({}, 0, 1, 1);
-    for_row_tiles(first_row, rows, kSumRows, [&](int64_t first, int64_t count, int64_t, int64_t) {
-        alignas(64) float sums[kSumRows * kChunk] = {};
-        for (int64_t k = 0; k < w.inputs; k += w.group) {
-            widen_group(w, w.chunk(chunk) + k / w.group * w.group_bytes(), wide);
-            for_row_tiles(0, count, kFloatRows, [&](int64_t row, int64_t size, int64_t, int64_t) {
+    for_row_tiles(first_row, rows, kSumRows, [&](int64_t first, int64_t count, int64_t part, int64_t parts) {
+        alignas(64) float sums[kSumRows * kChunk];
+        alignas(64) float wide[Source::kInputs * kChunk];
+        __builtin_memset(sums, 0, static_cast<unsigned long>(count * kChunk) * sizeof(float));
+        for (int64_t k = 0; k < w.inputs; k += Source::kInputs) {
+            const int64_t depth = k + Source::kInputs <= w.inputs ? Source::kInputs : w.inputs - k;
+            const float* weights = source.floats(w, chunk, k, depth, wide);
+            Upcoming next = {source.bytes(w, chunk, k + depth), source.size(w)};
+            if (k + depth == w.inputs) next = {part + 1 < parts ? w.chunk(chunk) : upcoming.data, next.size};
+            for_row_tiles(0, count, kFloatRows, [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
                 const FloatRows x = {batch.x.data + (first + row) * batch.x.stride + k, batch.x.stride};
-                float_product<Float32Weights, true>(x, size, wide, w.group, nothing, sums + row * kChunk);
+                Prefetcher ahead(next, tile, tiles, kPasses * Source::kInputs / kFloatStep);
+                float_product<Float32Weights, true>(x, size, weights, depth, ahead, sums + row * kChunk);
             });
         }
         finish_rows(batch, sums, first, count, chunk);
     });
+}
+
+template <class Weights>
+struct FloatBlocks {
+    using Number = typename Weights::Number;
+    static constexpr int64_t kInputs = 32;
+    static int64_t size(const PackedMatrix&) {
+        return kInputs * kChunk * static_cast<int64_t>(sizeof(Number));
+    }
+    static const uint8_t* bytes(const PackedMatrix& w, int64_t chunk, int64_t k) {
+        return w.chunk(chunk) + k * kChunk * static_cast<int64_t>(sizeof(Number));
+    }
+    static const float* floats(const PackedMatrix& w, int64_t chunk, int64_t k, int64_t depth, float* wide) {
+        const auto* numbers = reinterpret_cast<const Number*>(bytes(w, chunk, k));
+        if constexpr (sizeof(Number) == sizeof(float)) return reinterpret_cast<const float*>(numbers);
+        for (int64_t i = 0; i < depth * kChunk; i += kWidth) store(wide + i, Weights::load_vec(numbers + i));
+        return wide;
+    }
+};
+
+// Four-bit weights for rows that are not rounded.
+struct NibbleBlocks {
+    static constexpr int64_t kInputs = kDepthUnit;
+    static int64_t size(const PackedMatrix& w) { return kInputs / w.group * w.group_bytes(); }
+    static const uint8_t* bytes(const PackedMatrix& w, int64_t chunk, int64_t k) {
+        return w.chunk(chunk) + k / w.group * w.group_bytes();
+    }
+    static const float* floats(const PackedMatrix& w, int64_t chunk, int64_t k, int64_t depth, float* wide) {
+        for (int64_t i = 0; i < depth; i += w.group)
+            widen_group(w, bytes(w, chunk, k + i), wide + i * kChunk);
+        return wide;
+    }
+};
+
+template <class Weights>
+void float_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk,
+                 Upcoming upcoming) {
+    if (rows <= kFloatRows) return few_rows_chunk<Weights>(batch, first_row, rows, chunk, upcoming);
+    blocked_chunk(batch, FloatBlocks<Weights>{}, first_row, rows, chunk, upcoming);
 }
 
 void int8_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk, Upcoming upcoming) {
@@ -148,8 +194,9 @@ void product(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t 
         case Storage::int8:
             return int8_chunk(batch, first_row, rows, chunk, upcoming);
         case Storage::int4:
-            return batch.x.data != nullptr ? widened_chunk(batch, first_row, rows, chunk)
-                                           : int4_chunk(batch, first_row, rows, chunk, upcoming);
+            return batch.x.data != nullptr
+                       ? blocked_chunk(batch, NibbleBlocks{}, first_row, rows, chunk, upcoming)
+                       : int4_chunk(batch, first_row, rows, chunk, upcoming);
     }
 }
 
