@@ -27,23 +27,39 @@ static_assert(kQueryRows <= kMostTileRows);
 // From a row of scores to the next: a segment, and an odd number of cache lines between rows.
 constexpr int64_t kScoreStride = kSegment + kPage;
 
-using Halves = uint16_t __attribute__((vector_size(kWidth * 2)));
-using Bytes = int8_t __attribute__((vector_size(kWidth)));
+// Elements of the cache as wide integers. Intrinsics, for GCC 12 compiles __builtin_convertvector to widen
+// them one by one; masked ones with AVX-512, for it warns of the plain ones (GCC bug 105593).
+inline Bits load_wide(const uint16_t* p) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, half));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Bits>(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    Bits wide;
+    for (int i = 0; i < kWidth; ++i) wide[i] = p[i];
+    return wide;
+#endif
+}
 
-// Elements of the cache, bfloat16 as its bits.
+inline Ints load_wide(const int8_t* p) {
+#if defined(__AVX512F__)
+    const __m128i quarter = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return reinterpret_cast<Ints>(_mm512_maskz_cvtepi8_epi32(0xffff, quarter));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    Ints wide;
+    for (int i = 0; i < kWidth; ++i) wide[i] = p[i];
+    return wide;
+#endif
+}
+
+// Elements of the cache, bfloat16 as its bits, as floats.
 inline Vec load_cached(const float* p) { return load(p); }
-
-inline Vec load_cached(const uint16_t* p) {
-    Halves h;
-    __builtin_memcpy(&h, p, sizeof h);
-    return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
-}
-
-inline Vec load_cached(const int8_t* p) {
-    Bytes b;
-    __builtin_memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, Ints), Vec);
-}
+inline Vec load_cached(const uint16_t* p) { return reinterpret_cast<Vec>(load_wide(p) << 16); }
+inline Vec load_cached(const int8_t* p) { return __builtin_convertvector(load_wide(p), Vec); }
 
 // The pages of a kv head that hold some keys of a segment.
 struct Pages {
