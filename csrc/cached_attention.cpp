@@ -158,7 +158,7 @@ float* aligned(AttentionScratch& scratch) {
 }
 
 void attend_tile(const CachedBatch& batch, const Place& place) {
-    alignas(64) float partial[partial_floats(kMaxHeadDim)];
+    alignas(64) float partial[kPartialFloats];
     const CachedHead head = head_of(batch, place.b, place.kv_head);
     const KeyRange segments = segments_of(head, place.first_row);
     const CachedAttentionKernels& kernels = cached_attention_kernels();
@@ -173,7 +173,7 @@ void attend_piece(const CachedBatch& batch, const Place& place, int64_t piece, f
     const int64_t index = segments.begin + piece;
     if (index >= segments.end) return;
     cached_attention_kernels().attend(head, place.first_row, index, index + 1,
-                                      partials + piece * partial_floats(batch.cache.head_dim));
+                                      partials + piece * kPartialFloats);
 }
 
 void join_tile(const CachedBatch& batch, const Place& place, float* partials) {
@@ -198,8 +198,7 @@ void append(const CacheLayer<std::byte>& cache, const NewTokens& tokens, Team& t
 
 void attend(const CachedBatch& batch, AttentionScratch& scratch, Team& team) {
     const Plan plan(batch, team.size());
-    const int64_t stride = partial_floats(batch.cache.head_dim);
-    const auto needed = static_cast<size_t>(plan.partials() * stride + kPage);
+    const auto needed = static_cast<size_t>(plan.partials() * kPartialFloats + kPage);
     if (plan.split_tiles() > 0) {
         team.once([&] {
             if (scratch.size() < needed) scratch.resize(needed);
@@ -217,7 +216,8 @@ void attend(const CachedBatch& batch, AttentionScratch& scratch, Team& team) {
                 attend_tile(batch, place);
                 continue;
             }
-            float* partials = aligned(scratch) + plan.first_partial(share.first_split + tile) * stride;
+            float* partials =
+                aligned(scratch) + plan.first_partial(share.first_split + tile) * kPartialFloats;
             attend_piece(batch, place, (task - share.first_task) % share.pieces, partials);
         }
     });
@@ -225,7 +225,7 @@ void attend(const CachedBatch& batch, AttentionScratch& scratch, Team& team) {
     team.for_each(plan.split_tiles(), [&](int64_t split_tile) {
         const Share& share = plan.share_of_split(split_tile);
         join_tile(batch, plan.place_of(share, split_tile - share.first_split),
-                  aligned(scratch) + plan.first_partial(split_tile) * stride);
+                  aligned(scratch) + plan.first_partial(split_tile) * kPartialFloats);
     });
 }
 

@@ -58,7 +58,7 @@ void add_values_seen(const QueryTile& tile, const Pages& pages, KeyRange segment
     const auto add_alone = [&](KeyRange range) {
         for (int64_t i = 0; i < tile.count; ++i)
             add_values<T, 1>(pages, common(range, tile.head.seen_by(tile.first + i)),
-                             weights + i * kScoreStride, tile.width, out + i * tile.width);
+                             weights + i * kScoreStride, tile.width, out + i * kOutStride);
     };
     const KeyRange seen = common(tile.all, segment);
     if (seen.begin < shared.begin) add_alone({segment.begin, shared.begin});
@@ -78,14 +78,14 @@ void attend_segment(const QueryTile& tile, const float* q, int64_t index, Partia
         partial.max[i] = row.finish_scores();
         partial.sum[i] = row.to_weights(partial.max[i]);
     }
-    fill_zero(partial.out, tile.padded_count * tile.width);
+    for (int64_t i = 0; i < tile.padded_count; ++i) fill_zero(partial.out + i * kOutStride, tile.width);
     add_values_seen<T>(tile, pages, segment, scores, partial.out);
 }
 
 // Joins what later keys gave a row to what earlier ones gave it. Keys without weight change nothing.
 inline void join_row(Partial total, Partial next, int64_t i, int64_t width) {
     if (next.sum[i] == 0) return;
-    float *out = total.out + i * width, *from = next.out + i * width;
+    float *out = total.out + i * kOutStride, *from = next.out + i * kOutStride;
     if (total.sum[i] == 0) {
         copy_row(from, out, width, width);
         total.max[i] = next.max[i];
@@ -111,7 +111,7 @@ void attend_as(const CachedHead& head, int64_t first_row, int64_t first, int64_t
     tile.read_queries(q);
     attend_segment<T>(tile, q, first, Partial(partial));
     for (int64_t index = first + 1; index < last; ++index) {
-        alignas(64) float memory[partial_floats(kMaxHeadDim)];
+        alignas(64) float memory[kPartialFloats];
         attend_segment<T>(tile, q, index, Partial(memory));
         join(Partial(partial), Partial(memory), tile);
     }
@@ -131,8 +131,7 @@ void attend(const CachedHead& head, int64_t first_row, int64_t first, int64_t la
 void write(const CachedHead& head, int64_t first_row, float* partials, int64_t count) {
     const QueryTile tile(head, first_row);
     const int64_t head_dim = head.cache.head_dim;
-    for (int64_t n = 1; n < count; ++n)
-        join(Partial(partials), Partial(partials + n * partial_floats(head_dim)), tile);
+    for (int64_t n = 1; n < count; ++n) join(Partial(partials), Partial(partials + n * kPartialFloats), tile);
     const Partial total(partials);
     for_each_row(head.out, head.groups, first_row, tile.count, [&](int64_t i, float* row) {
         const float sum = count == 0 ? 0 : total.sum[i];
@@ -140,7 +139,7 @@ void write(const CachedHead& head, int64_t first_row, float* partials, int64_t c
             for (int64_t d = 0; d < head_dim; ++d) row[d] = 0;
             return;
         }
-        const float factor = 1 / sum, *from = total.out + i * tile.width;
+        const float factor = 1 / sum, *from = total.out + i * kOutStride;
         int64_t d = 0;
         for (; d + kWidth <= head_dim; d += kWidth) store(row + d, load(from + d) * factor);
         for (; d < head_dim; ++d) row[d] = from[d] * factor;
