@@ -26,7 +26,7 @@ static_assert(kQueryRows <= kMostTileRows);
 
 // From a row of scores to the next: a segment, and an odd number of cache lines between rows.
 constexpr int64_t kScoreStride = kSegment + kPage;
-constexpr int64_t kOutStride = kMaxHeadDim;
+constexpr int64_t kRowStride = kMaxHeadDim;  // of queries, and of sums of values
 
 // Elements of the cache as wide integers. Intrinsics, for GCC 12 compiles __builtin_convertvector to widen
 // them one by one; masked ones with AVX-512, for it warns of the plain ones (GCC bug 105593).
@@ -66,12 +66,14 @@ inline Vec load_cached(const int8_t* p) { return __builtin_convertvector(load_wi
 struct Pages {
     int64_t first, count;  // in the sequence
     int64_t part;          // bytes from keys to values
+    int64_t ahead;         // and from those to the keys of the next head; 0 where there is none
     const std::byte* keys[kSegment / kPage];
 
     Pages(const CachedHead& head, KeyRange range)
         : first(range.begin / kPage),
           count((range.end + kPage - 1) / kPage - first),
-          part(part_bytes(head.cache.type, head.cache.head_dim)) {
+          part(part_bytes(head.cache.type, head.cache.head_dim)),
+          ahead(head.kv_head + 1 < head.cache.kv_heads ? part : 0) {
         const int64_t per_block = head.cache.pages_per_block();
         int64_t entry = first / per_block, page = first % per_block;
         for (int64_t i = 0; i < count; ++i) {
@@ -85,14 +87,21 @@ struct Pages {
     const std::byte* values(int64_t i) const { return keys[i] + part; }
 };
 
+// Asks for the line `ahead` bytes behind p: what is read next, for the products of one page are followed by
+// those of its next part. Hardware follows no stream past a page of memory, and a part may be no longer.
+inline void prefetch(const void* p, int64_t ahead) {
+    __builtin_prefetch(static_cast<const char*>(p) + ahead);
+}
+
 // How many vectors of each of `rows` rows are summed at once.
 constexpr int vectors_for(int rows, int most) { return kSums / rows < most ? kSums / rows : most; }
 
 // Without the pragmas GCC 12 unrolls these loops too late to keep `sums` out of memory before and after.
 
-// Scores of kRows rows with kPages pages of keys; q is (head_dim, kRows).
+// Scores of kRows rows with kPages pages of keys; the rows of q lie kRowStride apart.
 template <class T, int kRows, int kPages>
-inline void multiply_pages(const std::byte* const* pages, const float* q, int64_t head_dim, float* scores) {
+inline void multiply_pages(const std::byte* const* pages, int64_t ahead, const float* q, int64_t head_dim,
+                           float* scores) {
     constexpr int kVecs = kPages * kParts;
     const T* keys[kPages];
     Vec sums[kRows][kVecs];
@@ -108,8 +117,10 @@ inline void multiply_pages(const std::byte* const* pages, const float* q, int64_
         for (int n = 0; n < kVecs; ++n)
             key[n] = load_cached(keys[n / kParts] + d * kPage + n % kParts * kWidth);
 #pragma GCC unroll 16
+        for (int n = 0; n < kPages; ++n) prefetch(keys[n] + d * kPage, ahead);
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
-            const Vec x = splat(q[d * kRows + i]);
+            const Vec x = splat(q[i * kRowStride + d]);
 #pragma GCC unroll 16
             for (int n = 0; n < kVecs; ++n) sums[i][n] = multiply_add(x, key[n], sums[i][n]);
         }
@@ -125,7 +136,7 @@ template <class T, int kRows, int kPages>
 inline void multiply_from(const Pages& pages, int64_t begin, const float* q, int64_t head_dim,
                           float* scores) {
     for (; begin + kPages <= pages.count; begin += kPages)
-        multiply_pages<T, kRows, kPages>(pages.keys + begin, q, head_dim, scores + begin * kPage);
+        multiply_pages<T, kRows, kPages>(pages.keys + begin, pages.part, q, head_dim, scores + begin * kPage);
     if constexpr (kPages > 1) multiply_from<T, kRows, kPages / 2>(pages, begin, q, head_dim, scores);
 }
 
@@ -144,7 +155,8 @@ inline void add_columns(const Pages& pages, KeyRange range, const float* weights
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-        for (int n = 0; n < kVecs; ++n) sums[i][n] = load(out + i * kOutStride + column + n * kWidth);
+        for (int n = 0; n < kVecs; ++n) sums[i][n] = load(out + i * kRowStride + column + n * kWidth);
+    const int64_t ahead = pages.ahead;
     for (int64_t j = range.begin; j < range.end;) {
         const int64_t page = j / kPage, end = at_most((page + 1) * kPage, range.end);
         const T* values = reinterpret_cast<const T*>(pages.values(page)) + j % kPage * width + column;
@@ -152,6 +164,8 @@ inline void add_columns(const Pages& pages, KeyRange range, const float* weights
             Vec value[kVecs];
 #pragma GCC unroll 16
             for (int n = 0; n < kVecs; ++n) value[n] = load_cached(values + n * kWidth);
+            for (int n = 0; n < kVecs * kWidth; n += 64 / static_cast<int>(sizeof(T)))
+                prefetch(values + n, ahead);
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i) {
                 const Vec weight = splat(weights[i * kScoreStride + j]);
@@ -163,7 +177,7 @@ inline void add_columns(const Pages& pages, KeyRange range, const float* weights
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-        for (int n = 0; n < kVecs; ++n) store(out + i * kOutStride + column + n * kWidth, sums[i][n]);
+        for (int n = 0; n < kVecs; ++n) store(out + i * kRowStride + column + n * kWidth, sums[i][n]);
 }
 
 // The columns from `column` on, kVecs vectors at a time and the rest in halves of that.
