@@ -94,15 +94,18 @@ void rotate(const float* row, int64_t head_dim, const RowRotation& rotation, flo
         for (int64_t d = 2 * half; d < head_dim; ++d) out[d] = row[d];
     if (!rotation.interleaved)
         return rotate_pairs(row, row + half, rotation.cos, rotation.sin, 1.0f, half, out, out + half);
-    float first[kMaxHeadDim / 2], second[kMaxHeadDim / 2];
-    for (int64_t i = 0; i < half; ++i) {
-        first[i] = row[2 * i];
-        second[i] = row[2 * i + 1];
-    }
-    rotate_pairs(first, second, rotation.cos, rotation.sin, 1.0f, half, first, second);
-    for (int64_t i = 0; i < half; ++i) {
-        out[2 * i] = first[i];
-        out[2 * i + 1] = second[i];
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const int64_t n = at_most(kLanes, half - i);
+        float first[kLanes] = {}, second[kLanes] = {};
+        for (int64_t j = 0; j < n; ++j) {
+            first[j] = row[2 * (i + j)];
+            second[j] = row[2 * (i + j) + 1];
+        }
+        rotate_pairs(first, second, rotation.cos + i, rotation.sin + i, 1.0f, n, first, second);
+        for (int64_t j = 0; j < n; ++j) {
+            out[2 * (i + j)] = first[j];
+            out[2 * (i + j) + 1] = second[j];
+        }
     }
 }
 
