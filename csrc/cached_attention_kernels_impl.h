@@ -15,11 +15,17 @@ inline void scale_into(const float* from, float factor, int64_t n, float* to) {
     for (; i < n; ++i) to[i] = from[i] * factor;
 }
 
+// The next one from n on, for n from 1 to 8.
+inline int64_t power_of_two(int64_t n) {
+    if (n > 4) return 8;
+    return n == 3 ? 4 : n;
+}
+
 // Some consecutive rows of a head, and the keys they see.
 struct QueryTile {
     const CachedHead& head;
     int64_t first, count;
-    int64_t padded_count;  // the next power of two
+    int64_t padded_count;  // a power of two, for which there are products
     int64_t width;
     KeyRange all;   // the keys that any of the rows sees
     KeyRange each;  // those that every row sees
@@ -28,9 +34,7 @@ struct QueryTile {
         : head(h),
           first(first_row),
           count(at_most(kQueryRows, h.queries * h.groups - first_row)),
-          padded_count(count > 4   ? 8
-                       : count > 2 ? 4
-                                   : count),
+          padded_count(power_of_two(count)),
           width(page_width(h.cache.head_dim)) {
         const KeyRange low = h.seen_by(first), high = h.seen_by(first + count - 1);
         all = {low.begin, high.end};

@@ -142,8 +142,9 @@ inline void multiply_from(const Pages& pages, int64_t begin, const float* q, int
 
 template <class T, int kRows>
 void multiply_keys(const Pages& pages, const float* q, int64_t head_dim, float* scores) {
-    constexpr int kPages = vectors_for(kRows, 8) / kParts;
-    multiply_from < T, kRows, kPages<1 ? 1 : kPages>(pages, 0, q, head_dim, scores);
+    constexpr int kFit = vectors_for(kRows, 8) / kParts;
+    constexpr int kPages = kFit > 1 ? kFit : 1;
+    multiply_from<T, kRows, kPages>(pages, 0, q, head_dim, scores);
 }
 
 // Adds the weighted values of keys in `range`, counted from the first of the pages, of which kVecs vectors,
