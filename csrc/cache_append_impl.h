@@ -10,20 +10,29 @@ namespace {
 
 inline Vec magnitude_of(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) & 0x7fffffffu); }
 
-// Rounded to the nearest, ties to even; NaN stays one.
-inline uint16_t to_bfloat16(float x) {
+inline uint32_t bits_of(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, sizeof bits);
-    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return bits;
 }
 
-// For |x| <= 127, rounded to the nearest: adding 1.5 * 2^23 leaves the integer in the low bits.
-inline int8_t to_int8(float x) {
-    const float shifted = x + 12582912.0f;
-    uint8_t low;
-    __builtin_memcpy(&low, &shifted, 1);
-    return static_cast<int8_t>(low);
+// A row's elements as the cache holds them, times factor (int8 only).
+inline void convert(const float* row, int64_t n, float, float* to) {
+    for (int64_t d = 0; d < n; ++d) to[d] = row[d];
+}
+
+// Rounded to the nearest, ties to even; NaN stays one.
+inline void convert(const float* row, int64_t n, float, uint16_t* to) {
+    for (int64_t d = 0; d < n; ++d) {
+        const uint32_t bits = bits_of(row[d]), rounded = bits + 0x7fff + (bits >> 16 & 1);
+        to[d] = static_cast<uint16_t>((row[d] != row[d] ? bits | 0x400000 : rounded) >> 16);
+    }
+}
+
+// Rounded to the nearest, for products up to 127: adding 1.5 * 2^23 leaves the integer in the low bits.
+inline void convert(const float* row, int64_t n, float factor, int8_t* to) {
+    for (int64_t d = 0; d < n; ++d)
+        to[d] = static_cast<int8_t>(static_cast<uint8_t>(bits_of(row[d] * factor + 12582912.0f)));
 }
 
 // The largest magnitude of a row; NaN where the row has one.
@@ -42,28 +51,32 @@ inline float largest_magnitude(const float* row, int64_t n) {
     return largest + sum;
 }
 
-// One lane of one part of a page: head_dim elements, `stride` apart, of which element 0 is `first`.
+// Elements `first`, first + stride, ... of a part, and the token's scale behind them.
+template <class T>
+inline void lay_down_as(const float* row, int64_t n, int64_t first, int64_t stride, int64_t lane,
+                        std::byte* part) {
+    float factor = 1;
+    if constexpr (sizeof(T) == 1) {
+        const float largest = largest_magnitude(row, n);
+        factor = largest > 0 ? 127.0f / largest : 0.0f;
+        reinterpret_cast<float*>(part + element_bytes(CacheType::int8, n))[lane] = largest / 127.0f;
+    }
+    T* to = reinterpret_cast<T*>(part) + first;
+    if (stride == 1) return convert(row, n, factor, to);
+    T converted[kMaxHeadDim];
+    convert(row, n, factor, converted);
+    for (int64_t d = 0; d < n; ++d) to[d * stride] = converted[d];
+}
+
 inline void lay_down(CacheType type, const float* row, int64_t n, int64_t first, int64_t stride, int64_t lane,
                      std::byte* part) {
     switch (type) {
-        case CacheType::float32: {
-            float* to = reinterpret_cast<float*>(part) + first;
-            for (int64_t d = 0; d < n; ++d) to[d * stride] = row[d];
-            return;
-        }
-        case CacheType::bfloat16: {
-            uint16_t* to = reinterpret_cast<uint16_t*>(part) + first;
-            for (int64_t d = 0; d < n; ++d) to[d * stride] = to_bfloat16(row[d]);
-            return;
-        }
-        case CacheType::int8: {
-            int8_t* to = reinterpret_cast<int8_t*>(part) + first;
-            const float largest = largest_magnitude(row, n);
-            const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-            for (int64_t d = 0; d < n; ++d) to[d * stride] = to_int8(row[d] * inverse);
-            reinterpret_cast<float*>(part + element_bytes(type, n))[lane] = largest / 127.0f;
-            return;
-        }
+        case CacheType::float32:
+            return lay_down_as<float>(row, n, first, stride, lane, part);
+        case CacheType::bfloat16:
+            return lay_down_as<uint16_t>(row, n, first, stride, lane, part);
+        case CacheType::int8:
+            return lay_down_as<int8_t>(row, n, first, stride, lane, part);
     }
 }
 
@@ -81,15 +94,18 @@ void rotate(const float* row, int64_t head_dim, const RowRotation& rotation, flo
         for (int64_t d = 2 * half; d < head_dim; ++d) out[d] = row[d];
     if (!rotation.interleaved)
         return rotate_pairs(row, row + half, rotation.cos, rotation.sin, 1.0f, half, out, out + half);
-    float first[kMaxHeadDim / 2], second[kMaxHeadDim / 2];
-    for (int64_t i = 0; i < half; ++i) {
-        first[i] = row[2 * i];
-        second[i] = row[2 * i + 1];
-    }
-    rotate_pairs(first, second, rotation.cos, rotation.sin, 1.0f, half, first, second);
-    for (int64_t i = 0; i < half; ++i) {
-        out[2 * i] = first[i];
-        out[2 * i + 1] = second[i];
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const int64_t n = at_most(kLanes, half - i);
+        float first[kLanes] = {}, second[kLanes] = {};
+        for (int64_t j = 0; j < n; ++j) {
+            first[j] = row[2 * (i + j)];
+            second[j] = row[2 * (i + j) + 1];
+        }
+        rotate_pairs(first, second, rotation.cos + i, rotation.sin + i, 1.0f, n, first, second);
+        for (int64_t j = 0; j < n; ++j) {
+            out[2 * (i + j)] = first[j];
+            out[2 * (i + j) + 1] = second[j];
+        }
     }
 }
 

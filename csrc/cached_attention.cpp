@@ -41,9 +41,11 @@ void rotate_query(const NewTokens& tokens, int64_t t, int64_t head_dim) {
     }
 }
 
+int64_t groups_of(const CachedBatch& batch) { return batch.heads / batch.cache.kv_heads; }
+
 // One kv head of sequence b and its queries.
 CachedHead head_of(const CachedBatch& batch, int64_t b, int64_t kv_head) {
-    const int64_t groups = batch.heads / batch.cache.kv_heads, first = kv_head * groups;
+    const int64_t groups = groups_of(batch), first = kv_head * groups;
     const ScoreOptions& options = batch.options;
     CachedHead head{};
     head.cache = batch.cache;
@@ -87,26 +89,33 @@ struct Place {
 class Plan {
   public:
     Plan(const CachedBatch& batch, int threads) : shares_(memory()) {
-        const int64_t kv_heads = batch.cache.kv_heads, groups = batch.heads / kv_heads;
-        const auto tiles_of = [&](int64_t b) {
-            return ceil_div((batch.cu_seqlens_q[b + 1] - batch.cu_seqlens_q[b]) * groups, tile_rows());
-        };
-        const auto segments_of = [&](int64_t b) { return ceil_div(batch.cache_seqlens[b], kSegment); };
-        int64_t work = 0;
-        for (int64_t b = 0; b < batch.batch; ++b) work += tiles_of(b) * kv_heads * segments_of(b);
-        const int64_t most = threads > 1 ? std::max<int64_t>(1, work / (4 * int64_t{threads})) : work;
         shares_.clear();
+        int64_t work = 0;  // segments of tiles
         for (int64_t b = 0; b < batch.batch; ++b) {
-            const int64_t segments = segments_of(b), tiles = tiles_of(b) * kv_heads;
-            const bool split = tiles > 0 && segments > most;
-            shares_.push_back({tiles_of(b), tiles, split ? segments : 1, tasks_, split_tiles_});
-            tasks_ += tiles * shares_.back().pieces;
-            if (!split) continue;
-            split_tiles_ += tiles;
-            most_pieces_ = std::max(most_pieces_, segments);
+            const int64_t rows = (batch.cu_seqlens_q[b + 1] - batch.cu_seqlens_q[b]) * groups_of(batch);
+            const int64_t head_tiles = ceil_div(rows, tile_rows()), tiles = head_tiles * batch.cache.kv_heads;
+            shares_.push_back({head_tiles, tiles, most_segments(batch, b), 0, 0});
+            work += tiles * shares_.back().pieces;
         }
+        const int64_t most = threads > 1 ? std::max<int64_t>(1, work / (4 * int64_t{threads})) : work;
+        int64_t heaviest = 1;  // task
+        for (Share& share : shares_) {
+            share.first_task = tasks_;
+            share.first_split = split_tiles_;
+            if (share.pieces > most) {
+                split_tiles_ += share.tiles;
+                most_pieces_ = std::max(most_pieces_, share.pieces);
+            } else {
+                heaviest = std::max(heaviest, share.pieces);
+                share.pieces = 1;
+            }
+            tasks_ += share.tiles * share.pieces;
+        }
+        run_ = std::max<int64_t>(1, work / (8 * int64_t{threads}) / heaviest);
     }
 
+    // Tasks that a thread takes at a time, neighbours, for they read neighbouring memory.
+    int64_t run() const { return run_; }
     int64_t tasks() const { return tasks_; }
     int64_t split_tiles() const { return split_tiles_; }
 
@@ -126,6 +135,13 @@ class Plan {
   private:
     static int64_t tile_rows() { return cached_attention_kernels().tile_rows; }
 
+    // No tile of the sequence sees keys of more segments.
+    static int64_t most_segments(const CachedBatch& batch, int64_t b) {
+        const int64_t all = ceil_div(batch.cache_seqlens[b], kSegment), window = batch.options.window;
+        if (window == 0 || window > all * kSegment) return all;
+        return std::min(all, (2 * window + kMostTileRows) / kSegment + 2);
+    }
+
     // Each thread's own, kept between calls.
     static std::vector<Share>& memory() {
         thread_local std::vector<Share> shares;
@@ -139,7 +155,7 @@ class Plan {
     }
 
     std::vector<Share>& shares_;
-    int64_t tasks_ = 0, split_tiles_ = 0, most_pieces_ = 0;
+    int64_t tasks_ = 0, split_tiles_ = 0, most_pieces_ = 0, run_ = 1;
 };
 
 // The segments that hold the keys which a tile's rows see; equal ends where they see none.
@@ -158,7 +174,7 @@ float* aligned(AttentionScratch& scratch) {
 }
 
 void attend_tile(const CachedBatch& batch, const Place& place) {
-    alignas(64) float partial[partial_floats(kMaxHeadDim)];
+    alignas(64) float partial[kPartialFloats];
     const CachedHead head = head_of(batch, place.b, place.kv_head);
     const KeyRange segments = segments_of(head, place.first_row);
     const CachedAttentionKernels& kernels = cached_attention_kernels();
@@ -173,7 +189,7 @@ void attend_piece(const CachedBatch& batch, const Place& place, int64_t piece, f
     const int64_t index = segments.begin + piece;
     if (index >= segments.end) return;
     cached_attention_kernels().attend(head, place.first_row, index, index + 1,
-                                      partials + piece * partial_floats(batch.cache.head_dim));
+                                      partials + piece * kPartialFloats);
 }
 
 void join_tile(const CachedBatch& batch, const Place& place, float* partials) {
@@ -198,34 +214,32 @@ void append(const CacheLayer<std::byte>& cache, const NewTokens& tokens, Team& t
 
 void attend(const CachedBatch& batch, AttentionScratch& scratch, Team& team) {
     const Plan plan(batch, team.size());
-    const int64_t stride = partial_floats(batch.cache.head_dim);
-    const auto needed = static_cast<size_t>(plan.partials() * stride + kPage);
+    const auto needed = static_cast<size_t>(plan.partials() * kPartialFloats + kPage);
     if (plan.split_tiles() > 0) {
         team.once([&] {
             if (scratch.size() < needed) scratch.resize(needed);
         });
         if (scratch.size() < needed) return;  // there was no memory, which the team reports
     }
-    // Several tasks at a time, since neighbours read neighbouring memory.
-    const int64_t run = std::max<int64_t>(1, plan.tasks() / (int64_t{team.size()} * 8));
-    team.for_each(ceil_div(plan.tasks(), run), [&](int64_t i) {
-        for (int64_t task = i * run; task < std::min(plan.tasks(), (i + 1) * run); ++task) {
-            const Share& share = plan.share_of_task(task);
-            const int64_t tile = (task - share.first_task) / share.pieces;
-            const Place place = plan.place_of(share, tile);
-            if (share.pieces == 1) {
-                attend_tile(batch, place);
-                continue;
-            }
-            float* partials = aligned(scratch) + plan.first_partial(share.first_split + tile) * stride;
-            attend_piece(batch, place, (task - share.first_task) % share.pieces, partials);
-        }
+    const auto partials_of = [&](int64_t split_tile) {
+        return aligned(scratch) + plan.first_partial(split_tile) * kPartialFloats;
+    };
+    const auto run_task = [&](int64_t task) {
+        const Share& share = plan.share_of_task(task);
+        const int64_t tile = (task - share.first_task) / share.pieces;
+        const Place place = plan.place_of(share, tile);
+        if (share.pieces == 1) return attend_tile(batch, place);
+        attend_piece(batch, place, (task - share.first_task) % share.pieces,
+                     partials_of(share.first_split + tile));
+    };
+    team.for_each(ceil_div(plan.tasks(), plan.run()), [&](int64_t i) {
+        const int64_t end = std::min(plan.tasks(), (i + 1) * plan.run());
+        for (int64_t task = i * plan.run(); task < end; ++task) run_task(task);
     });
     if (plan.split_tiles() == 0) return;
     team.for_each(plan.split_tiles(), [&](int64_t split_tile) {
         const Share& share = plan.share_of_split(split_tile);
-        join_tile(batch, plan.place_of(share, split_tile - share.first_split),
-                  aligned(scratch) + plan.first_partial(split_tile) * stride);
+        join_tile(batch, plan.place_of(share, split_tile - share.first_split), partials_of(split_tile));
     });
 }
 

@@ -48,10 +48,8 @@ struct CachedHead {
 };
 
 // What some keys gave to a tile of rows lies in so many floats: the rows' maxima, their sums, and their
-// weighted values, (rows, width).
-constexpr int64_t partial_floats(int64_t head_dim) {
-    return 2 * kPage + kMostTileRows * page_width(head_dim);
-}
+// weighted values, kMaxHeadDim apart.
+constexpr int64_t kPartialFloats = 2 * kPage + kMostTileRows * kMaxHeadDim;
 
 // A row's rotary positions (arXiv:2104.09864).
 struct RowRotation {

@@ -9,11 +9,23 @@
 namespace tandem {
 namespace {
 
+inline void scale_into(const float* from, float factor, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i) * factor);
+    for (; i < n; ++i) to[i] = from[i] * factor;
+}
+
+// The next one from n on, for n from 1 to 8.
+inline int64_t power_of_two(int64_t n) {
+    if (n > 4) return 8;
+    return n == 3 ? 4 : n;
+}
+
 // Some consecutive rows of a head, and the keys they see.
 struct QueryTile {
     const CachedHead& head;
     int64_t first, count;
-    int64_t padded_count;  // the next power of two
+    int64_t padded_count;  // a power of two, for which there are products
     int64_t width;
     KeyRange all;   // the keys that any of the rows sees
     KeyRange each;  // those that every row sees
@@ -22,26 +34,23 @@ struct QueryTile {
         : head(h),
           first(first_row),
           count(at_most(kQueryRows, h.queries * h.groups - first_row)),
-          padded_count(count > 4   ? 8
-                       : count > 2 ? 4
-                                   : count),
+          padded_count(power_of_two(count)),
           width(page_width(h.cache.head_dim)) {
         const KeyRange low = h.seen_by(first), high = h.seen_by(first + count - 1);
         all = {low.begin, high.end};
         each = common(low, high);
     }
 
-    // The rows' queries, scaled, to (head_dim, padded_count); zeros where there is no row.
+    // The rows' queries, scaled; zeros where there is no row.
     void read_queries(float* q) const {
-        const int64_t head_dim = head.cache.head_dim;
-        if (padded_count > count) fill_zero(q, head_dim * padded_count + kPage);
         for_each_row(head.q, head.groups, first, count, [&](int64_t i, const float* row) {
-            for (int64_t d = 0; d < head_dim; ++d) q[d * padded_count + i] = row[d] * head.softmax_scale;
+            scale_into(row, head.softmax_scale, head.cache.head_dim, q + i * kRowStride);
         });
+        for (int64_t i = count; i < padded_count; ++i) fill_zero(q + i * kRowStride, width);
     }
 };
 
-// The memory of partial_floats.
+// A tile's kPartialFloats.
 struct Partial {
     float *max, *sum, *out;
 
@@ -58,7 +67,7 @@ void add_values_seen(const QueryTile& tile, const Pages& pages, KeyRange segment
     const auto add_alone = [&](KeyRange range) {
         for (int64_t i = 0; i < tile.count; ++i)
             add_values<T, 1>(pages, common(range, tile.head.seen_by(tile.first + i)),
-                             weights + i * kScoreStride, tile.width, out + i * tile.width);
+                             weights + i * kScoreStride, tile.width, out + i * kRowStride);
     };
     const KeyRange seen = common(tile.all, segment);
     if (seen.begin < shared.begin) add_alone({segment.begin, shared.begin});
@@ -78,14 +87,14 @@ void attend_segment(const QueryTile& tile, const float* q, int64_t index, Partia
         partial.max[i] = row.finish_scores();
         partial.sum[i] = row.to_weights(partial.max[i]);
     }
-    fill_zero(partial.out, tile.padded_count * tile.width);
+    for (int64_t i = 0; i < tile.padded_count; ++i) fill_zero(partial.out + i * kRowStride, tile.width);
     add_values_seen<T>(tile, pages, segment, scores, partial.out);
 }
 
 // Joins what later keys gave a row to what earlier ones gave it. Keys without weight change nothing.
 inline void join_row(Partial total, Partial next, int64_t i, int64_t width) {
     if (next.sum[i] == 0) return;
-    float *out = total.out + i * width, *from = next.out + i * width;
+    float *out = total.out + i * kRowStride, *from = next.out + i * kRowStride;
     if (total.sum[i] == 0) {
         copy_row(from, out, width, width);
         total.max[i] = next.max[i];
@@ -107,11 +116,11 @@ inline void join(Partial total, Partial next, const QueryTile& tile) {
 template <class T>
 void attend_as(const CachedHead& head, int64_t first_row, int64_t first, int64_t last, float* partial) {
     const QueryTile tile(head, first_row);
-    alignas(64) float q[kQueryRows * kMaxHeadDim + kPage];
+    alignas(64) float q[kQueryRows * kRowStride];
     tile.read_queries(q);
     attend_segment<T>(tile, q, first, Partial(partial));
     for (int64_t index = first + 1; index < last; ++index) {
-        alignas(64) float memory[partial_floats(kMaxHeadDim)];
+        alignas(64) float memory[kPartialFloats];
         attend_segment<T>(tile, q, index, Partial(memory));
         join(Partial(partial), Partial(memory), tile);
     }
@@ -131,8 +140,7 @@ void attend(const CachedHead& head, int64_t first_row, int64_t first, int64_t la
 void write(const CachedHead& head, int64_t first_row, float* partials, int64_t count) {
     const QueryTile tile(head, first_row);
     const int64_t head_dim = head.cache.head_dim;
-    for (int64_t n = 1; n < count; ++n)
-        join(Partial(partials), Partial(partials + n * partial_floats(head_dim)), tile);
+    for (int64_t n = 1; n < count; ++n) join(Partial(partials), Partial(partials + n * kPartialFloats), tile);
     const Partial total(partials);
     for_each_row(head.out, head.groups, first_row, tile.count, [&](int64_t i, float* row) {
         const float sum = count == 0 ? 0 : total.sum[i];
@@ -140,10 +148,7 @@ void write(const CachedHead& head, int64_t first_row, float* partials, int64_t c
             for (int64_t d = 0; d < head_dim; ++d) row[d] = 0;
             return;
         }
-        const float factor = 1 / sum, *from = total.out + i * tile.width;
-        int64_t d = 0;
-        for (; d + kWidth <= head_dim; d += kWidth) store(row + d, load(from + d) * factor);
-        for (; d < head_dim; ++d) row[d] = from[d] * factor;
+        scale_into(total.out + i * kRowStride, 1 / sum, head_dim, row);
     });
 }
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.attention_options import RelativeBias, score_options
 from kernels.extension import _C
+from kernels.native_attention import scale_of, scores_of
 
 PAGE = _C.cache_page  # tokens
 
@@ -49,11 +49,11 @@ def append(
     """Writes new keys and values into the cache, in place; with angles, rotates the keys on their way, and q in place.
 
     Args:
-        k, v: float32 (tokens, kv_heads, head_dim), the last dimension contiguous: columns of a fused projection will do.
+        k, v: float32 (tokens, kv_heads, head_dim), the last dimension contiguous, as columns of a projection are.
         cache: uint8 (num_blocks, layer_bytes), one layer's part of every block, on boundaries of 64 bytes.
         slots: int64 (tokens,), each token's block * block_size + offset, all different.
-        cos, sin: float32 (tokens, rotated / 2), the tokens' angles; the rest of a head wider than ``rotated`` stays as it
-            is.
+        cos, sin: float32 (tokens, rotated / 2), the tokens' angles; the rest of a head wider than ``rotated`` stays as
+            it is.
         interleaved: elements 2i and 2i + 1 pair; else element i of the first half of what is rotated pairs with
             element i of the second.
         q: float32 (tokens, heads, head_dim).
@@ -97,18 +97,13 @@ def attend(
     Returns out, or a new tensor. Raises ValueError when shapes, types, lengths or block ids contradict each other.
     """
     options = score_options(q.shape[1] if q.dim() == 3 else 0, window, softcap, alibi_slopes, relative_bias)
-    scores = (0, 0.0, None, None) if options is None else (
-        options.window or 0, options.softcap,
-        *(None if x is None else x.detach().contiguous().numpy() for x in (options.alibi_slopes, options.distance_bias)),
-    )  # fmt: skip
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     out = torch.empty(q.shape) if out is None else out
     _C.cached_attention(
         _rows(q), cache.numpy(), cache_format, block_table.numpy(), cache_seqlens.numpy(), cu_seqlens_q.numpy(),
-        causal, scale, scores, _rows(out), torch.get_num_threads(),
+        causal, scale_of(q, softmax_scale), scores_of(options), _rows(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _rows(x: Tensor):
+def _rows(x: Tensor) -> Any:
     return x.detach().numpy()
