@@ -70,7 +70,7 @@ struct Float16Weights {
     static Vec load_vec(const uint16_t* p) { return from_half(load_halves(p)); }
 };
 
-constexpr int64_t kFloatStep = 8;  // inputs between two looks at what is to be fetched
+constexpr int64_t kFloatStep = 2;  // inputs between two looks at what is to be fetched
 
 // Sums of kRows rows of x with kVecs vectors of weights over `depth` inputs, into sums (kRows, kChunk);
 // kExtend goes on from what is there.
