@@ -1,7 +1,6 @@
 """Weights packed for the CPU, and linear layers over them: csrc/linear.h. C++ only, without gradients.
 
 float32, bfloat16 and float16 weights are multiplied as float32. Weights in eight or four bits are multiplied by
-
 activations that are rounded to eight, with a scale a row (the row-wise scheme of LLM.int8, arXiv:2208.07339, without
 its outliers): the sums are then of integers, and exact.
 """
