@@ -12,8 +12,8 @@ from torch import Tensor
 GROUPS = (32, 64)
 SLICE = 1 << 18  # weights worked on at a time: few enough for a core's cache, many enough to hide torch's calls
 # What a group's largest weight may become besides what fills the range: rounding the others is finer below it.
-SYMMETRIC_TOPS = (8.0, 7.6, 7.2, 6.8)
-SHRINKAGES = (1.0, 0.96, 0.92, 0.88)
+SYMMETRIC_TOPS = (8.9, 8.4, 7.9, 7.4)
+SHRINKAGES = (1.0, 0.95, 0.9, 0.85)
 LARGEST_HALF = torch.finfo(torch.float16).max
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
