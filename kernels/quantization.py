@@ -128,7 +128,7 @@ def quantize(weight: Tensor, bits: int, *, group: int = 32, symmetric: bool = Tr
     def quantize_groups(slice: Tensor) -> list[Tensor]:
         values, *scales = fit(slice.view(-1, group))
         pairs = values.to(torch.uint8).view(len(slice), -1, 2)
-        return [pairs[..., 0] | pairs[..., 1] << 4, *(scale.view(len(slice), -1) for scale in scales)]
+        return [pairs[..., 0] | (pairs[..., 1] << 4), *(scale.view(len(slice), -1) for scale in scales)]
 
     return _fill(weight, quantize_groups, (torch.uint8, columns // 2), (torch.float16, columns // group), not symmetric)
 
