@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,15 @@ from models.files import CheckpointError
 from models.sources import Quantization
 from tests.models import small_families
 from tests.models.made_folders import llama_config, llama_shapes, t5_config, t5_shapes, write
-from tests.models.small_families import CASES
 
 # Of every family a matrix that is transposed, stacked or reordered is among these.
 FAMILIES = ["gpt2", "llama", "gpt_neox", "phi", "gemma2", "t5-1.1", "bart", "marian-two-vocabularies"]
+# Rows that are whole groups of four bits, as those of the families' odd sizes are not.
+WHOLE_GROUPS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_head": 4},
+    "gpt_neox": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96},
+    "t5-1.1": {"d_model": 64, "d_ff": 96},
+}
 
 
 def weights_of(folder: Path, quantization: Quantization | None) -> dict[str, Weight]:
@@ -36,23 +42,39 @@ def is_linear(name: str, floats: dict[str, Tensor]) -> bool:
     return floats[name].dim() == 2 and "positions" not in name and "relative_bias" not in name
 
 
+def is_vocabulary(name: str) -> bool:
+    return name == "lm_head.weight" or "embedding.tokens" in name
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_linear_layers_and_embeddings_are_quantised(name: str, quantization: Quantization, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in FAMILIES), *WHOLE_GROUPS.items()],
+    ids=[*FAMILIES, *(f"{name}-whole-groups" for name in WHOLE_GROUPS)],
+)  # fmt: skip
+def test_linear_layers_and_embeddings_are_quantised(
+    name: str, changes: dict[str, Any], quantization: Quantization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, options = small_families.CASES[name]
+    monkeypatch.setitem(small_families.CASES, name, (kind, options | changes))
     small_families.save(small_families.build(name), tmp_path)
     model, _ = models.load(tmp_path)
     floats = {key: tensor.detach() for key, tensor in model.named_parameters(remove_duplicate=False)}
     found = weights_of(tmp_path, quantization)
     assert set(found) == set(floats)
     reference = dict(models.load(tmp_path, quantization=quantization)[0].named_parameters(remove_duplicate=False))
+    assert (
+        any(isinstance(w, QuantizedWeight) and w.bits == 4 for w in found.values())
+        or quantization == "int8"
+        or not changes
+    )
     for key, weight in found.items():
         assert isinstance(weight, QuantizedWeight) == is_linear(key, floats), key
         if isinstance(weight, Tensor):
             assert torch.equal(weight, floats[key])
             assert torch.equal(reference[key], floats[key])
             continue
-        # The rows of these models are no whole groups of four bits.
-        assert CASES[name][0] in ("t5", "gemma2") or weight.bits == 8
+        in_four = quantization == "int4" and not is_vocabulary(key) and weight.shape[1] % 32 == 0
+        assert weight.bits == (4 if in_four else 8)
         expected = quantize(floats[key], weight.bits).dequantize()
         assert torch.equal(weight.dequantize(), expected), key
         assert torch.equal(reference[key], expected), key
@@ -68,6 +90,7 @@ def test_four_bits_where_rows_divide_into_groups(folder: Path) -> None:
     bits = {name: weight.bits for name, weight in found.items() if isinstance(weight, QuantizedWeight)}
     assert bits["decoder.blocks.1.attention.qkv.weight"] == 4  # 32 inputs
     assert bits["decoder.blocks.1.ffn.down.weight"] == 8  # 48
+    assert bits["lm_head.weight"] == bits["decoder.embedding.tokens.weight"] == 8  # 32, but a row for each token
 
 
 def test_tied_weights_come_once(tmp_path: Path) -> None:
