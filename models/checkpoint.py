@@ -20,6 +20,7 @@ from models.files import CheckpointError, read_json
 from models.generation import GenerationConfig, read_generation
 from models.gguf.folder import open_gguf
 from models.hub import GGUF_SUFFIX, resolve_folder
+from models.packed_file import PackedFile
 from models.quantized_file import QuantizedFile
 from models.sources import BITS, Quantization
 from models.tokenizer import Tokenizer
@@ -83,8 +84,6 @@ def open_model(
     try:
         values, weights, tokenizer = open_gguf(path) if path.suffix == GGUF_SUFFIX else _open_folder(path)
         family = OURS if values.get("model_type") == MODEL_TYPE else family_of(values.get("model_type"))
-        if values.get("quantization_config") is not None:
-            raise ConfigError("quantization_config is not supported: load the model it was made of, or a GGUF file")
         config = family.config(values, weights.names())
         if config.tie_embeddings and has_own_head(config, weights, family):
             config = dataclasses.replace(config, tie_embeddings=False)
@@ -103,6 +102,8 @@ def _open_folder(folder: Path) -> tuple[dict[str, Any], Weights, Tokenizer | Non
         if kind not in list(BITS):
             raise ConfigError(f"{QUANTIZATION_KEY} {kind!r} is not supported: expected {' or '.join(BITS)}")
         weights = QuantizedFile(weights, folder)
+    elif (packing := values.get("quantization_config")) is not None:
+        weights = PackedFile(weights, packing, folder)
     return values, weights, Tokenizer.load(folder)
 
 

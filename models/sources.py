@@ -101,10 +101,7 @@ class SourceReader:
         weight = self.weights.quantized(name)
         if weight is None or source.convert is None:
             return weight
-        if not source.moves_rows:
-            raise CheckpointError(f"{self.where}: {name} is quantised, which this family of models has no rule for")
-        order = torch.arange(weight.shape[0])
-        return weight.rows(self._converted(source, name, order))
+        return weight.rows(self._converted(source, name, torch.arange(weight.shape[0])))
 
     def _quantize(self, source: Source, name: str, bits: int, form: tuple[int, bool] | None) -> QuantizedWeight:
         part = self._part(source, name)
@@ -124,6 +121,8 @@ class SourceReader:
     def _converted(self, source: Source, name: str, tensor: Tensor) -> Tensor:
         if source.convert is None:
             return tensor
+        if not source.moves_rows and self.weights.quantized(name) is not None:
+            raise CheckpointError(f"{self.where}: {name} is quantised, which this family of models has no rule for")
         try:
             return source.convert(tensor, self.config)
         except RuntimeError:
