@@ -7,16 +7,6 @@
 namespace tandem {
 namespace {
 
-inline Vec load_some(const float* p, int64_t n) {
-    Vec v{};
-    __builtin_memcpy(&v, p, static_cast<unsigned long>(n) * sizeof(float));
-    return v;
-}
-
-inline void store_some(float* p, Vec v, int64_t n) {
-    __builtin_memcpy(p, &v, static_cast<unsigned long>(n) * sizeof(float));
-}
-
 inline Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) & 0x7fffffffu); }
 
 // A standard normal variable: the chance that it is below x, and its density at x.

@@ -140,6 +140,8 @@ void register_sampling(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
     register_sampling(module);
     tandem::register_attention(module);
+    tandem::register_cached_attention(module);
     tandem::register_elementwise(module);
     tandem::register_linear(module);
+    tandem::register_program(module);
 }

@@ -1,4 +1,6 @@
 // The Python face of packed weights and the linear layer over them.
+#include "bindings_linear.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -38,12 +40,12 @@ std::vector<int64_t> order_of(const Optional& order, int64_t count) {
 }
 
 template <class Source>
-std::unique_ptr<PackedWeight> pack(PackedMatrix shape, const Source& source,
+std::shared_ptr<PackedWeight> pack(PackedMatrix shape, const Source& source,
                                    const std::vector<int64_t>& order, int num_threads) {
     check_threads(num_threads);
     const py::gil_scoped_release release;
     shape.outputs = static_cast<int64_t>(order.size());
-    return std::make_unique<PackedWeight>(shape, source, order, num_threads);
+    return std::make_shared<PackedWeight>(shape, source, order, num_threads);
 }
 
 void require_matrix(const py::array& array, const char* name, bool is_wanted, const std::string& kind) {
@@ -52,7 +54,7 @@ void require_matrix(const py::array& array, const char* name, bool is_wanted, co
     require(fits, name, "a matrix of " + kind + " with contiguous rows that are not empty", array);
 }
 
-std::unique_ptr<PackedWeight> from_floats(const py::array& values, bool bfloat16, const Optional& order,
+std::shared_ptr<PackedWeight> from_floats(const py::array& values, bool bfloat16, const Optional& order,
                                           int num_threads) {
     const bool wide = is<float>(values);
     require_matrix(values, "values", wide || is<uint16_t>(values), "float32 or uint16");
@@ -63,7 +65,7 @@ std::unique_ptr<PackedWeight> from_floats(const py::array& values, bool bfloat16
     return pack(shape, source, order_of(order, values.shape(0)), num_threads);
 }
 
-std::unique_ptr<PackedWeight> from_int8(const py::array& values, const py::array& scales,
+std::shared_ptr<PackedWeight> from_int8(const py::array& values, const py::array& scales,
                                         const Optional& order, int num_threads) {
     require_matrix(values, "values", is<int8_t>(values), "int8");
     require_run<float>(scales, "scales", values.shape(0), "float32");
@@ -82,7 +84,7 @@ std::unique_ptr<PackedWeight> from_int8(const py::array& values, const py::array
     return packed;
 }
 
-std::unique_ptr<PackedWeight> from_int4(const py::array& values, const py::array& scales,
+std::shared_ptr<PackedWeight> from_int4(const py::array& values, const py::array& scales,
                                         const Optional& minimums, const Optional& order, int num_threads) {
     require_matrix(values, "values", is<uint8_t>(values), "uint8");
     const py::ssize_t rows = values.shape(0), inputs = 2 * values.shape(1);
@@ -127,17 +129,6 @@ FloatRows rows_of(const py::array& x, const char* name, py::ssize_t width) {
     return {static_cast<const float*>(x.data()), x.strides(0) / x.itemsize()};
 }
 
-ActivationKind activation_of(const std::string& name) {
-    constexpr std::pair<const char*, ActivationKind> kinds[] = {
-        {"none", ActivationKind::none}, {"relu", ActivationKind::relu},
-        {"gelu", ActivationKind::gelu}, {"gelu_new", ActivationKind::gelu_new},
-        {"silu", ActivationKind::silu},
-    };
-    for (const auto& [known, kind] : kinds)
-        if (name == known) return kind;
-    throw py::value_error("activation must be none, relu, gelu, gelu_new or silu, got " + name);
-}
-
 void linear_op(const py::array& x, const PackedWeight& weight, const Optional& bias,
                const std::string& activation, bool gated, const Optional& residual, bool widen,
                py::array& out, int num_threads) {
@@ -159,7 +150,7 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
         padded.resize(static_cast<size_t>(matrix.chunks() * kChunk));
     }
     Epilogue epilogue{bias ? padded.data() : nullptr,
-                      activation_of(activation),
+                      activation_named(activation),
                       gated,
                       nullptr,
                       0,
@@ -175,11 +166,11 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
     const py::gil_scoped_release release;
     const bool bytes = matrix.storage >= Storage::int8 && !(widen && matrix.storage == Storage::int4);
     if (!bytes) {
-        const LinearBatch batch = {&matrix, from, {}, epilogue};
+        const LinearBatch batch = {&matrix, from, {}, epilogue, nullptr};
         return run_team(num_threads, [&](Team& team) { linear(batch, rows, team); });
     }
     QuantizedRows quantized(matrix, rows);
-    const LinearBatch batch = {&matrix, {}, quantized.view(), epilogue};
+    const LinearBatch batch = {&matrix, {}, quantized.view(), epilogue, nullptr};
     run_team(num_threads, [&](Team& team) {
         quantize_rows(from, rows, matrix.inputs, matrix.group, batch.bytes, team);
         linear(batch, rows, team);
@@ -188,8 +179,19 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
 
 }  // namespace
 
+ActivationKind tandem::activation_named(const std::string& name) {
+    constexpr std::pair<const char*, ActivationKind> kinds[] = {
+        {"none", ActivationKind::none}, {"relu", ActivationKind::relu},
+        {"gelu", ActivationKind::gelu}, {"gelu_new", ActivationKind::gelu_new},
+        {"silu", ActivationKind::silu},
+    };
+    for (const auto& [known, kind] : kinds)
+        if (name == known) return kind;
+    throw py::value_error("activation must be none, relu, gelu, gelu_new or silu, got " + name);
+}
+
 void tandem::register_linear(py::module_& module) {
-    py::class_<PackedWeight>(module, "PackedWeight")
+    py::class_<PackedWeight, std::shared_ptr<PackedWeight>>(module, "PackedWeight")
         .def_static("from_floats", &from_floats)
         .def_static("from_int8", &from_int8)
         .def_static("from_int4", &from_int4)
@@ -197,6 +199,12 @@ void tandem::register_linear(py::module_& module) {
         .def_property_readonly("storage", [](const PackedWeight& w) { return name_of(w.matrix().storage); })
         .def_property_readonly("outputs", [](const PackedWeight& w) { return w.matrix().outputs; })
         .def_property_readonly("inputs", [](const PackedWeight& w) { return w.matrix().inputs; })
+        .def_property_readonly("takes_bytes",
+                               [](const PackedWeight& w) { return w.matrix().storage >= Storage::int8; })
+        // Of the rows of bytes it takes: their width, and the groups their sums are of.
+        .def_property_readonly(
+            "byte_layout",
+            [](const PackedWeight& w) { return std::pair(byte_stride(w.matrix()), byte_groups(w.matrix())); })
         .def_property_readonly("nbytes", &PackedWeight::nbytes);
     module.def("linear", &linear_op);
 }

@@ -1,4 +1,4 @@
-// Activations and rotary positions over a run of floats: one implementation a CPU path.
+// Activations, rotary positions and norms over a run of floats: one implementation a CPU path.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +20,19 @@ struct TokenHeads {
     float direction;  // 1, or -1 to rotate back
 };
 
+// LayerNorm (arXiv:1607.06450) or, without a mean, RMSNorm (arXiv:1910.07467) of a row.
+struct NormWeights {
+    const float* weight;  // (width,)
+    const float* bias;    // null: none
+    float eps;
+    bool subtract_mean;
+};
+
 struct ElementwiseKernels {
     Activation gelu, gelu_new;
     void (*rotate)(const TokenHeads& token);
+    // In place is allowed.
+    void (*norm)(const float* x, int64_t width, const NormWeights& weights, float* out);
 };
 
 extern const ElementwiseKernels kGenericElementwiseKernels;

@@ -3,6 +3,7 @@
 
 #include "activation_impl.h"
 #include "elementwise_kernels.h"
+#include "rotation_impl.h"
 
 namespace tandem {
 namespace {
@@ -23,36 +24,64 @@ void differentiate(const float* x, const float* grad_out, float* grad_x, int64_t
                    n - i);
 }
 
-inline void rotate_pair(Vec& first, Vec& second, Vec cos, Vec sin) {
-    const Vec x = first, y = second;
-    first = multiply_add(x, cos, -(y * sin));
-    second = multiply_add(y, cos, x * sin);
-}
-
 void rotate(const TokenHeads& token) {
-    const int64_t half = token.half, whole = half - half % kWidth, rest = half - whole;
+    const int64_t half = token.half;
     for (int64_t head = 0; head < token.heads; ++head) {
         const float* x = token.x + head * token.head_stride;
         float* out = token.out + head * 2 * half;
-        for (int64_t i = 0; i < whole; i += kWidth) {
-            Vec first = load(x + i), second = load(x + half + i);
-            rotate_pair(first, second, load(token.cos + i), load(token.sin + i) * token.direction);
-            store(out + i, first);
-            store(out + half + i, second);
-        }
-        if (rest == 0) continue;
-        Vec first = load_some(x + whole, rest), second = load_some(x + half + whole, rest);
-        rotate_pair(first, second, load_some(token.cos + whole, rest),
-                    load_some(token.sin + whole, rest) * token.direction);
-        store_some(out + whole, first, rest);
-        store_some(out + half + whole, second, rest);
+        rotate_pairs(x, x + half, token.cos, token.sin, token.direction, half, out, out + half);
     }
+}
+
+// Calls body(i, number of elements) for the vectors of a row, the last one short.
+template <class Body>
+inline void for_vectors(int64_t n, Body body) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) body(i, int64_t{kWidth});
+    if (i < n) body(i, n - i);
+}
+
+inline Vec load_part(const float* p, int64_t n) { return n == kWidth ? load(p) : load_some(p, n); }
+
+inline float total_of(Vec v) {
+    float total = 0.0f;
+    for (int i = 0; i < kWidth; ++i) total += v[i];
+    return total;
+}
+
+// The sum of (x - center)^2; elements behind the row's end must not count.
+inline float squares_about(const float* x, int64_t n, float center) {
+    Vec sums = splat(0.0f);
+    for_vectors(n, [&](int64_t i, int64_t count) {
+        Vec d = load_part(x + i, count) - center;
+        if (count < kWidth)
+            for (int64_t lane = count; lane < kWidth; ++lane) d[lane] = 0.0f;
+        sums = multiply_add(d, d, sums);
+    });
+    return total_of(sums);
+}
+
+void norm(const float* x, int64_t width, const NormWeights& weights, float* out) {
+    const auto count = static_cast<float>(width);
+    float mean = 0.0f;
+    if (weights.subtract_mean) {
+        Vec sums = splat(0.0f);
+        for_vectors(width, [&](int64_t i, int64_t n) { sums += load_part(x + i, n); });
+        mean = total_of(sums) / count;
+    }
+    const float scale = 1.0f / __builtin_sqrtf(squares_about(x, width, mean) / count + weights.eps);
+    for_vectors(width, [&](int64_t i, int64_t n) {
+        Vec y = (load_part(x + i, n) - mean) * scale * load_part(weights.weight + i, n);
+        if (weights.bias != nullptr) y += load_part(weights.bias + i, n);
+        n == kWidth ? store(out + i, y) : store_some(out + i, y, n);
+    });
 }
 
 constexpr ElementwiseKernels kElementwiseKernels = {
     {activate<Gelu>, differentiate<Gelu>},
     {activate<GeluNew>, differentiate<GeluNew>},
     rotate,
+    norm,
 };
 
 }  // namespace

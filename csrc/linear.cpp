@@ -16,6 +16,14 @@ int64_t rows_at_once(const LinearBatch& batch) {
     return std::clamp(kBytesAtOnce / std::max<int64_t>(row, 1) / kRowStep, int64_t{1}, int64_t{4}) * kRowStep;
 }
 
+Upcoming chunk_of(const PackedMatrix& weight, int64_t chunk) {
+    return {weight.chunk(chunk), weight.chunk_bytes()};
+}
+
+Upcoming first_of(const PackedMatrix* weight, int64_t chunk) {
+    return weight == nullptr || chunk >= weight->chunks() ? Upcoming{} : chunk_of(*weight, chunk);
+}
+
 }  // namespace
 
 int64_t byte_stride(const PackedMatrix& weight) { return weight.depth(); }
@@ -38,9 +46,12 @@ void linear(const LinearBatch& batch, int64_t rows, Team& team) {
     const LinearKernels& kernels = linear_kernels();
     const int64_t chunks = batch.weight->chunks(), block = rows_at_once(batch);
     const int64_t blocks = (rows + block - 1) / block;
-    team.for_each(blocks * chunks, [&](int64_t task) {
+    const int64_t tasks = blocks * chunks;
+    team.for_each_ahead(tasks, [&](int64_t task, int64_t next) {
         const int64_t first = task / chunks * block;
-        kernels.product(batch, first, std::min(block, rows - first), task % chunks);
+        kernels.product(
+            batch, first, std::min(block, rows - first), task % chunks,
+            next < tasks ? chunk_of(*batch.weight, next % chunks) : first_of(batch.then, next - tasks));
     });
 }
 

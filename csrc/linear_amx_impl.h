@@ -11,6 +11,10 @@ constexpr int64_t kTileRowsFrom = 4;  // with fewer rows the vectors' products k
 constexpr int64_t kTileSide = 16;
 constexpr int64_t kTileBytes = 64;
 
+// The compiler does not see that the instructions for tiles read memory (GCC 12 declares a few bytes of it,
+// or none): what has been written must be there before them.
+inline void settle_memory(const void* written) { asm volatile("" ::"r"(written) : "memory"); }
+
 // All tiles whole, for as long as it lives.
 class TileSession {
   public:
@@ -20,6 +24,7 @@ class TileSession {
             config.bytes_per_row[i] = kTileBytes;
             config.rows[i] = kTileSide;
         }
+        settle_memory(&config);
         _tile_loadconfig(&config);
     }
     ~TileSession() { _tile_release(); }
@@ -36,18 +41,28 @@ class TileSession {
 
 template <class Body>
 inline void for_row_tiles_of(int64_t unit, int64_t first_row, int64_t rows, Body body) {
-    for (int64_t done = 0; done < rows; done += unit)
-        body(first_row + done, rows - done < unit ? rows - done : unit);
+    const int64_t tiles = (rows + unit - 1) / unit;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t done = tile * unit;
+        body(first_row + done, rows - done < unit ? rows - done : unit, tile, tiles);
+    }
+}
+
+// Steps of fetching that `rows` rows take: thirty-two go through the chunk twice.
+inline int64_t tile_steps(const PackedMatrix& w, int64_t rows) {
+    const int64_t unit = w.storage == Storage::int4 && w.group < kTileBytes ? w.group : kTileBytes;
+    return w.depth() / unit * (rows <= kTileSide ? 1 : 2);
 }
 
 // integers (kTileSide, kChunk): sixteen rows of x with a whole chunk.
 inline void multiply_sixteen(const int8_t* x, int64_t stride, const uint8_t* weights, int64_t depth,
-                             int32_t* integers) {
+                             Prefetcher& ahead, int32_t* integers) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += kTileBytes, weights += kTileBytes * kChunk) {
+        ahead.step();
         _tile_loadd(4, x + k, stride);
         _tile_loadd(5, weights, 4 * kChunk);
         _tile_dpbsud(0, 4, 5);
@@ -66,7 +81,7 @@ inline void multiply_sixteen(const int8_t* x, int64_t stride, const uint8_t* wei
 
 // integers (2 * kTileSide, kChunk): thirty-two rows, with half a chunk at a time.
 inline void multiply_thirty_two(const int8_t* x, int64_t stride, const uint8_t* weights, int64_t depth,
-                                int32_t* integers) {
+                                Prefetcher& ahead, int32_t* integers) {
     for (int half = 0; half < 2; ++half, integers += 2 * kTileSide) {
         const uint8_t* w = weights + half * 2 * kTileBytes;
         _tile_zero(0);
@@ -74,6 +89,7 @@ inline void multiply_thirty_two(const int8_t* x, int64_t stride, const uint8_t* 
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t k = 0; k < depth; k += kTileBytes, w += kTileBytes * kChunk) {
+            ahead.step();
             _tile_loadd(4, x + k, stride);
             _tile_loadd(5, x + kTileSide * stride + k, stride);
             _tile_loadd(6, w, 4 * kChunk);
@@ -91,18 +107,19 @@ inline void multiply_thirty_two(const int8_t* x, int64_t stride, const uint8_t* 
 }
 
 inline void multiply(const int8_t* x, int64_t stride, int64_t rows, const uint8_t* weights, int64_t depth,
-                     int32_t* integers) {
+                     Prefetcher& ahead, int32_t* integers) {
+    settle_memory(weights);
     if (rows <= kTileSide)
-        multiply_sixteen(x, stride, weights, depth, integers);
+        multiply_sixteen(x, stride, weights, depth, ahead, integers);
     else
-        multiply_thirty_two(x, stride, weights, depth, integers);
+        multiply_thirty_two(x, stride, weights, depth, ahead, integers);
 }
 
 // Sums (rows, kChunk) of kRowUnit rows at most; the rows of x after them are read too.
 inline void int8_tiles(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t rows, int64_t chunk,
-                       float* sums) {
+                       Prefetcher& ahead, float* sums) {
     alignas(64) int32_t integers[kRowUnit * kChunk];
-    multiply(x.data + row * x.stride, x.stride, rows, w.chunk(chunk), w.depth(), integers);
+    multiply(x.data + row * x.stride, x.stride, rows, w.chunk(chunk), w.depth(), ahead, integers);
     const float* scales = w.scales + chunk * kChunk;
     for (int64_t i = 0; i < rows; ++i) {
         const Ints offset = splat_ints(-kByteOffset * x.sums[row + i]);
@@ -143,14 +160,14 @@ inline void add_scaled_group(const PackedMatrix& w, const uint8_t* scales, const
 
 // As int8_tiles for four bits. A group of 32 fills half a tile; zeros fill the rest.
 inline void int4_tiles(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t rows, int64_t chunk,
-                       float* sums) {
+                       Prefetcher& ahead, float* sums) {
     alignas(64) uint8_t bytes[kDepthUnit * kChunk] = {};
     alignas(64) int32_t integers[kRowUnit * kChunk];
     for (int64_t i = 0; i < rows * kChunk; ++i) sums[i] = 0.0f;
     const uint8_t* begin = w.chunk(chunk);
     for (int64_t g = 0; g < x.groups; ++g, begin += w.group_bytes()) {
         unpack_nibbles(w, begin, bytes);
-        multiply(x.data + row * x.stride + g * w.group, x.stride, rows, bytes, w.group, integers);
+        multiply(x.data + row * x.stride + g * w.group, x.stride, rows, bytes, w.group, ahead, integers);
         add_scaled_group(w, begin + kChunk * w.group / 2, integers, x.sums + row * x.groups + g, x.groups,
                          rows, sums);
     }

@@ -2,7 +2,7 @@
 // register.
 #pragma once
 
-#include "linear_kernels.h"
+#include "prefetch_impl.h"
 #include "simd_math.h"
 
 namespace tandem {
@@ -70,50 +70,60 @@ struct Float16Weights {
     static Vec load_vec(const uint16_t* p) { return from_half(load_halves(p)); }
 };
 
+constexpr int64_t kFloatStep = 2;  // inputs between two looks at what is to be fetched
+
 // Sums of kRows rows of x with kVecs vectors of weights over `depth` inputs, into sums (kRows, kChunk);
 // kExtend goes on from what is there.
 template <class Weights, int kRows, int kVecs, bool kExtend>
-void float_tile(FloatRows x, const typename Weights::Number* weights, int64_t depth, float* sums) {
+void float_tile(FloatRows x, const typename Weights::Number* weights, int64_t depth, Prefetcher& ahead,
+                float* sums) {
     Vec totals[kRows][kVecs];
     for (int i = 0; i < kRows; ++i)
         for (int n = 0; n < kVecs; ++n)
             totals[i][n] = kExtend ? load(sums + i * kChunk + n * kWidth) : splat(0.0f);
-    for (int64_t k = 0; k < depth; ++k) {
+    const auto add = [&](int64_t k) {
         Vec row[kVecs];
         for (int n = 0; n < kVecs; ++n) row[n] = Weights::load_vec(weights + k * kChunk + n * kWidth);
         for (int i = 0; i < kRows; ++i) {
             const Vec number = splat(x.data[i * x.stride + k]);
             for (int n = 0; n < kVecs; ++n) totals[i][n] = multiply_add(number, row[n], totals[i][n]);
         }
+    };
+    int64_t k = 0;
+    for (; k + kFloatStep <= depth; k += kFloatStep) {
+        ahead.step();
+        for (int64_t i = 0; i < kFloatStep; ++i) add(k + i);
     }
+    for (; k < depth; ++k) add(k);
     for (int i = 0; i < kRows; ++i)
         for (int n = 0; n < kVecs; ++n) store(sums + i * kChunk + n * kWidth, totals[i][n]);
 }
 
 template <class Weights, int kRows, bool kExtend>
-void float_rows(FloatRows x, const typename Weights::Number* weights, int64_t depth, float* sums) {
+void float_rows(FloatRows x, const typename Weights::Number* weights, int64_t depth, Prefetcher& ahead,
+                float* sums) {
     constexpr int kVecs = kRows == 1 ? kLoneVecs : kFloatVecs;
     for (int n = 0; n < kChunkVecs; n += kVecs)
-        float_tile<Weights, kRows, kVecs, kExtend>(x, weights + n * kWidth, depth, sums + n * kWidth);
+        float_tile<Weights, kRows, kVecs, kExtend>(x, weights + n * kWidth, depth, ahead, sums + n * kWidth);
 }
 
 // As float_rows for a number of rows that is known at run time, kFloatRows at most.
 template <class Weights, bool kExtend>
 void float_product(FloatRows x, int64_t rows, const typename Weights::Number* weights, int64_t depth,
-                   float* sums) {
+                   Prefetcher& ahead, float* sums) {
     switch (rows) {
         case 1:
-            return float_rows<Weights, 1, kExtend>(x, weights, depth, sums);
+            return float_rows<Weights, 1, kExtend>(x, weights, depth, ahead, sums);
         case 2:
-            return float_rows<Weights, 2, kExtend>(x, weights, depth, sums);
+            return float_rows<Weights, 2, kExtend>(x, weights, depth, ahead, sums);
         case 3:
-            return float_rows<Weights, 3, kExtend>(x, weights, depth, sums);
+            return float_rows<Weights, 3, kExtend>(x, weights, depth, ahead, sums);
         case 4:
-            return float_rows<Weights, 4, kExtend>(x, weights, depth, sums);
+            return float_rows<Weights, 4, kExtend>(x, weights, depth, ahead, sums);
         case 5:
-            return float_rows<Weights, 5, kExtend>(x, weights, depth, sums);
+            return float_rows<Weights, 5, kExtend>(x, weights, depth, ahead, sums);
         default:
-            return float_rows<Weights, 6, kExtend>(x, weights, depth, sums);
+            return float_rows<Weights, 6, kExtend>(x, weights, depth, ahead, sums);
     }
 }
 

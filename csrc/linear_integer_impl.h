@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bytes_impl.h"
+#include "prefetch_impl.h"
 
 namespace tandem {
 namespace {
@@ -17,17 +18,25 @@ constexpr int kByteVecs = 2;
 constexpr int kNibbleRows = 2;
 #endif
 
+constexpr int64_t kByteStep = 32;  // inputs between two looks at what is to be fetched
+
+// How many such steps a tile takes, over all its passes through the chunk.
+inline int64_t byte_steps(const PackedMatrix& w) {
+    return w.depth() / kByteStep * (kChunk / (kByteVecs * kWidth));
+}
+
 // Sums (kRows, kChunk) of rows `row` on with kVecs vectors of an int8 chunk, of which `first` is the first
 // output.
 template <int kRows, int kVecs>
 void int8_tile(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, int64_t first,
-               float* sums) {
+               Prefetcher& ahead, float* sums) {
     const uint8_t* weights = w.chunk(chunk) + first * 4;
     const int8_t* bytes = x.data + row * x.stride;
     Ints totals[kRows][kVecs];
     for (int i = 0; i < kRows; ++i)
         for (int n = 0; n < kVecs; ++n) totals[i][n] = splat_ints(-kByteOffset * x.sums[row + i]);
     for (int64_t k = 0; k < w.depth(); k += 4) {
+        if (k % kByteStep == 0) ahead.step();
         Ints four[kVecs];
         for (int n = 0; n < kVecs; ++n) four[n] = load_ints(weights + k * kChunk + n * kWidth * 4);
         for (int i = 0; i < kRows; ++i) {
@@ -43,10 +52,11 @@ void int8_tile(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t ch
 }
 
 template <int kRows>
-void int8_rows(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, float* sums) {
+void int8_rows(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, Prefetcher& ahead,
+               float* sums) {
     constexpr int kVecs = kRows == 1 ? kLoneVecs : kByteVecs;
     for (int64_t first = 0; first < kChunk; first += kVecs * kWidth)
-        int8_tile<kRows, kVecs>(w, x, row, chunk, first, sums);
+        int8_tile<kRows, kVecs>(w, x, row, chunk, first, ahead, sums);
 }
 
 inline Vec load_half_vec(const uint8_t* p) {
@@ -56,7 +66,7 @@ inline Vec load_half_vec(const uint8_t* p) {
 // As int8_tile for four bits: each group's integers are scaled and added up as floats.
 template <int kRows, int kVecs>
 void int4_tile(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, int64_t first,
-               float* sums) {
+               Prefetcher& ahead, float* sums) {
     const int8_t* bytes = x.data + row * x.stride;
     const uint8_t* begin = w.chunk(chunk);
     Vec totals[kRows][kVecs];
@@ -68,6 +78,7 @@ void int4_tile(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t ch
         for (int i = 0; i < kRows; ++i)
             for (int n = 0; n < kVecs; ++n)
                 integers[i][n] = splat_ints(w.symmetric ? -8 * group_sums[i * x.groups] : 0);
+        for (int64_t step = 0; step < w.group; step += kByteStep) ahead.step();
         for (int64_t k = 0; k < w.group; k += 8)
             for (int n = 0; n < kVecs; ++n) {
                 const Ints both = load_ints(begin + k / 2 * kChunk + (first + n * kWidth) * 4);
@@ -96,10 +107,11 @@ void int4_tile(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t ch
 }
 
 template <int kRows>
-void int4_rows(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, float* sums) {
+void int4_rows(const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk, Prefetcher& ahead,
+               float* sums) {
     constexpr int kVecs = kByteVecs;
     for (int64_t first = 0; first < kChunk; first += kVecs * kWidth)
-        int4_tile<kRows, kVecs>(w, x, row, chunk, first, sums);
+        int4_tile<kRows, kVecs>(w, x, row, chunk, first, ahead, sums);
 }
 
 // A group's weights as floats, (group, kChunk), for rows that are not rounded.

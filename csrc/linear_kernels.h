@@ -46,10 +46,18 @@ struct LinearBatch {
     FloatRows x;     // for float kinds, and int4 with x.data: its weights are then widened
     ByteRows bytes;  // for int8 and int4
     Epilogue epilogue;
+    const PackedMatrix* then;  // the weight that is read after this one; null: none known
+};
+
+// Memory that will be read next: fetched, piece by piece, while something else is computed. Null: nothing.
+struct Upcoming {
+    const uint8_t* data;
+    int64_t size;
 };
 
 struct LinearKernels {
-    void (*product)(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk);
+    void (*product)(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk,
+                    Upcoming upcoming);
     // Rounds a row (width,) to eight bits, in groups of `group` inputs for the sums, with zeros up to
     // out.stride.
     void (*quantize)(const float* x, int64_t width, int64_t group, const ByteRows& out, int64_t row);

@@ -37,6 +37,20 @@ class Team {
         wait();
     }
 
+    // As for_each, with body(i, next): next is the task this member will do after i, or is not below `tasks`.
+    template <class Body>
+    void for_each_ahead(int64_t tasks, const Body& body) {
+        for (int64_t i = claim(), next; i < tasks; i = next) {
+            next = claim();
+            try {
+                body(i, next);
+            } catch (...) {
+                keep_error();
+            }
+        }
+        wait();
+    }
+
     // Calls body() on one member, and lets nobody on before it is done.
     template <class Body>
     void once(const Body& body) {

@@ -17,6 +17,17 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// The first n elements, zeros behind them.
+inline Vec load_some(const float* p, int64_t n) {
+    Vec v{};
+    __builtin_memcpy(&v, p, static_cast<unsigned long>(n) * sizeof(float));
+    return v;
+}
+
+inline void store_some(float* p, Vec v, int64_t n) {
+    __builtin_memcpy(p, &v, static_cast<unsigned long>(n) * sizeof(float));
+}
+
 inline Vec select(Mask mask, Vec chosen, Vec otherwise) {
 #if defined(__AVX512F__)
     return _mm512_mask_mov_ps(otherwise, mask, chosen);

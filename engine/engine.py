@@ -8,7 +8,6 @@ import torch
 
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
-from engine.kv_cache import KVCache
 from engine.logits_rules import apply_to_samples
 from engine.request import Request, Sequence
 from engine.runner import Runner
@@ -16,20 +15,17 @@ from engine.sampling_batch import SamplingColumns
 from engine.scheduler import Schedule, Scheduler
 from kernels.sampling import SampleResult, sample
 from models.tokenizer import Tokenizer
-from models.transformer import DecoderOnly, EncoderDecoder
 
 
 class Engine:
     """Runs requests to their end, a step at a time; requests join and leave between steps."""
 
     def __init__(
-        self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None, cache: KVCache,
-        max_num_batched_tokens: int, backend: str | None, num_threads: int | None,
-    ) -> None:  # fmt: skip
+        self, runner: Runner, tokenizer: Tokenizer | None, max_num_batched_tokens: int, num_threads: int | None
+    ) -> None:
         self.tokenizer, self.num_threads = tokenizer, num_threads
-        self.cache = cache
-        self.scheduler = Scheduler(cache, max_num_batched_tokens)
-        self.runner = Runner(model, cache, backend)
+        self.runner, self.cache = runner, runner.cache
+        self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
         self.columns = SamplingColumns()
         self.request_ids = itertools.count()
 

@@ -8,19 +8,28 @@ The rows of one beam search pool their blocks: those that are full are shared by
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from kernels.attention_options import AttentionOptions
-from kernels.paged_attention import append_to_cache, paged_attention
-from models.config import TransformerConfig
 
 Table = NDArray[np.int32]
+
+
+class Storage(Protocol):
+    """The memory of the blocks, all layers of a block together, so that a short sequence touches few pages of it."""
+
+    num_blocks: int
+    block_size: int
+
+    def copy(self, sources: Table, targets: Table) -> None:
+        """Copies blocks, as if all at once: a target may be another's source."""
+        ...
+
+    def clear(self, blocks: list[int]) -> None:
+        """Fills blocks with zeros."""
+        ...
 
 
 @dataclass
@@ -42,31 +51,16 @@ class Row:
 
 
 class KVCache:
-    """Keys and values of every layer: (num_blocks, layers, block_size, kv_heads, head_dim) each, in ``dtype``.
+    """Who holds which blocks of a storage: rows of the running sequences, and their sources."""
 
-    A block's layers lie together, so that a short sequence touches few pages of memory however many layers there are.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int,
-        device: torch.device, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        assert config.kv_heads is not None and config.head_dim is not None
-        self.layers = config.depth
-        shape = (num_blocks, self.layers, block_size, config.kv_heads, config.head_dim)
-        self.k, self.v = _zeros(shape, device, dtype), _zeros(shape, device, dtype)
-        self.block_size, self.num_blocks, self.device = block_size, num_blocks, device
-        width = -(-max_model_len // block_size)
+    def __init__(self, storage: Storage, max_num_seqs: int, max_model_len: int) -> None:
+        self.storage, self.block_size, self.num_blocks = storage, storage.block_size, storage.num_blocks
+        width = -(-max_model_len // self.block_size)
         self.tables: Table = np.zeros((max_num_seqs, width), dtype=np.int32)
         self.source_tables: Table = np.zeros((max_num_seqs, width), dtype=np.int32)
         self.source_lengths: Table = np.zeros(max_num_seqs, dtype=np.int32)
-        self._free_blocks = list(range(num_blocks - 1, -1, -1))
+        self._free_blocks = list(range(self.num_blocks - 1, -1, -1))
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-
-    @staticmethod
-    def bytes_per_block(config: TransformerConfig, block_size: int, dtype: torch.dtype) -> int:
-        assert config.kv_heads is not None and config.head_dim is not None
-        return 2 * config.depth * block_size * config.kv_heads * config.head_dim * dtype.itemsize
 
     @property
     def num_free_blocks(self) -> int:
@@ -101,8 +95,7 @@ class KVCache:
             if source.users == 0:
                 blocks += source.blocks
         if clear:
-            self.k[blocks] = 0
-            self.v[blocks] = 0
+            self.storage.clear(blocks)
         self._free_blocks += blocks
         self._free_rows.append(row.index)
 
@@ -128,132 +121,20 @@ class KVCache:
         moved = np.flatnonzero(sources != targets)
         if not len(moved):
             return
-        source, target = (torch.from_numpy(b[moved].astype(np.int64)).to(self.device) for b in (sources, targets))
-        self.k[target] = self.k[source]
-        self.v[target] = self.v[source]
+        self.storage.copy(sources[moved], targets[moved])
 
-    def blocks_of(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All blocks of all layers, keys and values, and where among them a layer's blocks of ``tables`` are.
-
-        tables are int32 (sequences, blocks), of the first layer: block b's is b * layers.
-        """
-        return self.k.flatten(0, 1), self.v.flatten(0, 1), tables + layer
-
-    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Writes new tokens' keys and values of a layer into their ``slots``, as ``slots_of`` numbers them."""
-        append_to_cache(k, v, self.k.flatten(0, 1), self.v.flatten(0, 1), slots + layer * self.block_size)
-
-    def slots_of(self, blocks: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first layer's slots of tokens at ``offsets`` in their blocks."""
-        return blocks * (self.layers * self.block_size) + offsets
-
-    def _source_slots(self, source: Source) -> NDArray[np.int64]:
-        """The slots of a source's tokens, which fill its blocks from their start."""
+    def source_slots(self, source: Source) -> NDArray[np.int64]:
+        """The slots, block * block_size + offset, of a source's tokens, which fill its blocks from their start."""
         places = np.arange(source.length)
         blocks = np.asarray(source.blocks, dtype=np.int64)[places // self.block_size]
-        return self.slots_of(blocks, places % self.block_size)
+        return blocks * self.block_size + places % self.block_size
 
-    def write_source(self, keys_values: list[tuple[Tensor, Tensor]], sources: list[Source]) -> None:
-        """Stores every layer's cross-attention keys and values, packed in the order of ``sources``."""
-        slots = torch.from_numpy(np.concatenate([self._source_slots(source) for source in sources])).to(self.device)
-        for layer, (k, v) in enumerate(keys_values):
-            self.append(layer, k, v, slots)
+    def slots(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slots of tokens at ``positions`` of the sequences in ``rows``, one a token."""
+        blocks = self.tables[rows, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
 
     def _take(self, count: int) -> list[int]:
         taken = self._free_blocks[len(self._free_blocks) - count :]
         del self._free_blocks[len(self._free_blocks) - count :]
         return taken
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros, not empty: attention multiplies what lies past a sequence's end by zero, which NaN would survive.
-
-    On a CPU numpy leaves the pages untouched until they are used, which torch does not.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    count = math.prod(shape) * dtype.itemsize
-    try:
-        return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
-    except MemoryError:
-        raise ValueError(f"no memory for a cache of {2 * count} bytes: lower kv_cache_memory_bytes") from None
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some consecutive sequences of a step, as ``paged_attention`` takes them; ``tokens`` are theirs in the batch."""
-
-    tokens: slice
-    cu_seqlens: Tensor
-    max_count: int
-    tables: Tensor
-    lengths: Tensor
-    source_tables: Tensor
-    source_lengths: Tensor
-
-
-class CacheView:
-    """The cache as one step's batch sees it: the protocol ``models.cache.Cache``.
-
-    ``rows`` are the sequences' rows, each with ``starts`` tokens in the cache and ``counts`` new ones in this step.
-    """
-
-    def __init__(
-        self,
-        cache: KVCache,
-        rows: NDArray[np.int64],
-        starts: Table,
-        counts: Table,
-        backend: str | None,
-    ) -> None:
-        self.cache, self.backend = cache, backend
-        ends = starts + counts
-        offsets = np.concatenate(([0], np.cumsum(counts)))
-        positions = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
-        blocks = cache.tables[np.repeat(rows, counts), positions // cache.block_size].astype(np.int64)
-        self.slots = self._tensor(cache.slots_of(blocks, positions % cache.block_size))
-        self.positions = self._tensor(positions)
-        self.last_tokens = self._tensor(offsets[1:] - 1)
-        # Runs of those that decode one token, and of newcomers with longer prompts: a backend that pads would
-        # otherwise pad every one of the first to the longest of the others.
-        cuts = [0, *(np.flatnonzero(np.diff(counts > 1)) + 1).tolist(), len(rows)]
-        self.parts = [self._part(rows[a:b], ends[a:b], offsets[a : b + 1]) for a, b in itertools.pairwise(cuts)]
-
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self.cache.append(layer, k, v, self.slots)
-        return self._attend(layer, q, options, source=False)
-
-    def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
-        return self._attend(layer, q, options, source=True)
-
-    def _attend(self, layer: int, q: Tensor, options: AttentionOptions, *, source: bool) -> Tensor:
-        mixed = [
-            paged_attention(
-                q[part.tokens],
-                *self.cache.blocks_of(layer, part.source_tables if source else part.tables),
-                part.source_lengths if source else part.lengths,
-                part.cu_seqlens,
-                max_seqlen_q=part.max_count,
-                causal=not source,
-                backend=self.backend,
-                **options,
-            )
-            for part in self.parts
-        ]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-
-    def _part(self, rows: NDArray[np.int64], ends: Table, offsets: NDArray[np.int64]) -> Part:
-        source_lengths = self.cache.source_lengths[rows]
-        width, source_width = (self.cache.blocks_for(int(lengths.max())) for lengths in (ends, source_lengths))
-        return Part(
-            tokens=slice(int(offsets[0]), int(offsets[-1])),
-            cu_seqlens=self._tensor((offsets - offsets[0]).astype(np.int32)),
-            max_count=int(np.diff(offsets).max()),
-            tables=self._tensor(self.cache.tables[rows, :width] * self.cache.layers),
-            lengths=self._tensor(ends),
-            source_tables=self._tensor(self.cache.source_tables[rows, :source_width] * self.cache.layers),
-            source_lengths=self._tensor(source_lengths),
-        )
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.cache.device)

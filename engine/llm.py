@@ -22,16 +22,18 @@ from engine.beam_requests import search_output, search_request
 from engine.defaults import default_params
 from engine.detokenize import released_text
 from engine.engine import Engine
-from engine.kv_cache import KVCache
 from engine.options import EngineOptions, resolve_device, resolve_dtype
 from engine.outputs import output_of
 from engine.prompts import Prompt, PromptReader
 from engine.request import BeamSearchOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
+from engine.runners import native_runner, torch_runner
 from engine.sampling import SamplingParams
 from engine.score import score_request, score_step
 from models import checkpoint
+from models.assembly import NamedWeights
 from models.files import CheckpointError
 from models.generation import GenerationConfig
+from models.native import live_weights
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
 
@@ -64,12 +66,17 @@ class LLM:
         if not isinstance(model, str | Path) or not isinstance(tokenizer, str | Path | None):
             raise ValueError("model and tokenizer are paths or names; LLM.from_model takes a live model")
         checked, where = EngineOptions.of(options), resolve_device(device)
-        module, own_tokenizer = checkpoint.load(model, where, resolve_dtype(dtype, where))
+        number = resolve_dtype(dtype, where)
+        native = checked.runs_native(where)
+        if native:
+            module, own_tokenizer, weights = checkpoint.open_model(model, checked.quantization, dtype=number)
+        else:
+            module, own_tokenizer = checkpoint.load(model, where, number, checked.quantization)
         if tokenizer is not None:
             own_tokenizer = Tokenizer.load(Path(tokenizer))
             if own_tokenizer is None:
                 raise CheckpointError(f"no tokenizer in {tokenizer}")
-        self._start(module, own_tokenizer, checked)
+        self._start(module.eval(), own_tokenizer, checked, weights if native else None)
 
     @classmethod
     def from_model(
@@ -82,16 +89,28 @@ class LLM:
     ) -> LLM:
         """An engine around a live model, whose weights it shares, on the device they are on (auto, or its name).
 
-        The model is put into evaluation mode.
+        The model is put into evaluation mode. With ``backend="native"`` the engine packs a copy of the weights as they
+        are now: it decodes several times as fast, and what the model learns later it does not see.
         """
         own = next(model.parameters()).device
         if device != "auto" and resolve_device(device).type != own.type:
             raise ValueError(f"device is {device}, but the model is on {own.type}")
+        checked = EngineOptions.of(options)
+        if checked.quantization is not None and checked.backend != "native":
+            raise ValueError("a live model is quantised for backend='native' alone")
         llm = cls.__new__(cls)
-        llm._start(model.eval(), tokenizer, EngineOptions.of(options))
+        weights = None
+        if checked.backend == "native":
+            checked.check_native(own)
+            weights = live_weights(model, checked.quantization)
+        llm._start(model.eval(), tokenizer, checked, weights)
         return llm
 
-    def _start(self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
+    def _start(
+        self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None, options: EngineOptions,
+        weights: NamedWeights | None,
+    ) -> None:  # fmt: skip
+        """``weights``: those to pack for the C++ core; None where torch runs the model as it is."""
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
@@ -99,16 +118,10 @@ class LLM:
             _check_vocabulary(tokenizer.vocab_size, self.config.vocab_size)
             _check_vocabulary(tokenizer.target_vocab_size, self.config.target_vocab_size or 0)
         self.max_model_len = options.model_length(self.config)
-        weight = next(model.parameters())
-        per_block = KVCache.bytes_per_block(self.config, options.block_size, weight.dtype)
-        cache = KVCache(
-            self.config, options.num_blocks(self.config, per_block), options.block_size, options.max_num_seqs,
-            self.max_model_len, weight.device, weight.dtype,
-        )  # fmt: skip
+        runner = torch_runner(model, options) if weights is None else native_runner(model, weights, options)
         self.engine = Engine(
-            model, tokenizer, cache, options.max_num_batched_tokens or max(4096, self.max_model_len),
-            None if options.backend == "auto" else options.backend, options.num_threads,
-        )  # fmt: skip
+            runner, tokenizer, options.max_num_batched_tokens or max(4096, self.max_model_len), options.num_threads
+        )
         self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
         self._seeds = random.Random(options.seed)
         self._lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step

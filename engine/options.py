@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from kernels.backend import BACKENDS
+from kernels.backend import BACKENDS, choose
+from kernels.cached_attention import PAGE
 from models.config import TransformerConfig
 
 RANGES = {"num_threads": (1, 1024), "seed": (0, 2**63 - 1), "max_num_seqs": (1, 1 << 20)}
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
+QUANTIZATIONS = (None, "auto", "int8", "int4")
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -21,20 +24,27 @@ class EngineOptions:
     """What ``LLM`` takes besides the model, its tokenizer, device and dtype. A wrong value is a ValueError naming it.
 
     Attributes:
-        backend: of the kernels: auto, native, torch or reference.
+        backend: auto, native (the C++ core runs the whole model, on a CPU), torch or reference (torch runs it, with its own
+            kernels or by the formulas).
+        quantization: None: weights as floats. int8, int4: the linear layers and embeddings in eight or four bits; auto:
+            in as many as the file has them in.
         max_num_seqs: most sequences decoded at once.
         max_model_len: longest source, and longest prompt plus output; the model's own limit unless given.
         max_num_batched_tokens: prompt tokens that may join a step (a single request may have more).
         kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, 4 GiB at most.
-        block_size: tokens in a block of the cache.
+        kv_cache_dtype: float32, bfloat16 or int8, the last on the native backend alone; auto: the weights' dtype, and
+            bfloat16 beside quantised ones.
+        block_size: tokens in a block of the cache; for native a multiple of 16.
         num_threads: CPU threads, torch's own unless given. seed: of the requests that bring none.
     """
 
     backend: str = "auto"
+    quantization: str | None = None
     max_num_seqs: int = 256
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     num_threads: int | None = None
     seed: int = 0
@@ -42,13 +52,36 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"unknown backend {self.backend!r}: choose one of auto, {', '.join(BACKENDS)}")
+        for name, allowed in (("quantization", QUANTIZATIONS), ("kv_cache_dtype", CACHE_DTYPES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, allowed))}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "backend" or (value is None and field.default is None):
+            if (
+                isinstance(field.default, str)
+                or field.name == "quantization"
+                or (value is None and field.default is None)
+            ):
                 continue
             low, high = RANGES.get(field.name, (1, 2**40))
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{field.name} must be an integer from {low} to {high}, got {value!r}")
+
+    def runs_native(self, device: torch.device) -> bool:
+        """Whether the C++ core runs a model of a checkpoint. Raises ValueError where it was asked for and cannot."""
+        available = ("native", "torch", "reference") if device.type == "cpu" else ("torch", "reference", "triton")
+        requested = None if self.backend == "auto" else self.backend
+        native = choose("the engine", available, requested, has=("native", "torch", "reference")) == "native"
+        if native:
+            self.check_native(device)
+        return native
+
+    def check_native(self, device: torch.device) -> None:
+        """Raises ValueError for options that the native backend does not go with."""
+        if device.type != "cpu":
+            raise ValueError(f"backend='native' runs on a CPU, and the model is on {device.type}")
+        if self.block_size % PAGE:
+            raise ValueError(f"block_size is {self.block_size}: the native backend takes multiples of {PAGE}")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> EngineOptions:

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kv_cache import CacheView, KVCache, Source
+from engine.kv_cache import KVCache, Source
 from engine.request import Request, Sequence
+from engine.tensor_cache import CacheView, TensorStorage
 from models.cache import Lengths
 from models.transformer import DecoderOnly, EncoderDecoder
 
 
-class Runner:
-    """The model and its cache. Every method takes packed batches; nothing is padded."""
+class Runner(Protocol):
+    """What the engine asks of a model and its cache. Every method takes packed batches; nothing is padded."""
 
-    def __init__(self, model: DecoderOnly | EncoderDecoder, cache: KVCache, backend: str | None) -> None:
-        self.model, self.cache, self.backend = model, cache, backend
+    cache: KVCache
 
     def encode(self, requests: list[Request]) -> None:
         """Runs the requests' sources through the encoder and stores what cross-attention reads of them."""
+        ...
+
+    def next_token_logits(self, sequences: list[Sequence]) -> Tensor:
+        """Runs what the cache lacks; float32 logits (sequences, vocab) on the CPU, for the token after each sequence."""
+        ...
+
+    def target_logprobs(self, sequences: list[Sequence]) -> Tensor:
+        """Float32 log-probabilities (tokens, vocab) of every next token along the sequences, packed."""
+        ...
+
+
+class TorchRunner:
+    """A model that torch runs, on any device, and a cache of tensors."""
+
+    def __init__(
+        self, model: DecoderOnly | EncoderDecoder, cache: KVCache, storage: TensorStorage, backend: str | None
+    ) -> None:
+        self.model, self.cache, self.storage, self.backend = model, cache, storage, backend
+
+    def encode(self, requests: list[Request]) -> None:
         sources = [request.encoder_prompt_token_ids or [] for request in requests]
         hidden = self.encoder_hidden(sources)
         keys_values = cast(EncoderDecoder, self.model).cross_keys_values(hidden)
-        self.cache.write_source(keys_values, [_source_of(request) for request in requests])
+        slots = np.concatenate([self.cache.source_slots(source_of(request)) for request in requests])
+        places = self.storage.slots_of(slots)
+        for layer, (k, v) in enumerate(keys_values):
+            self.storage.append(layer, k, v, places)
 
     def encoder_hidden(self, sources: list[list[int]]) -> Tensor:
         """The encoder's hidden states of several sources, packed (tokens, dim)."""
@@ -45,7 +68,7 @@ class Runner:
         counts = np.array([len(ids) for ids in new], dtype=np.int32)
         starts = np.array([sequence.num_cached for sequence in sequences], dtype=np.int32)
         rows = np.array([sequence.row.index for sequence in sequences if sequence.row is not None], dtype=np.int64)
-        view = CacheView(self.cache, rows, starts, counts, self.backend)
+        view = CacheView(self.cache, self.storage, rows, starts, counts, self.backend)
         token_ids = self._tensor(np.fromiter((i for ids in new for i in ids), dtype=np.int64, count=int(counts.sum())))
         hidden = self.model.decode(token_ids, view.positions, view)
         for sequence in sequences:
@@ -53,19 +76,18 @@ class Runner:
         return hidden, view
 
     def next_token_logits(self, sequences: list[Sequence]) -> Tensor:
-        """Float32 logits (sequences, vocab) on the CPU, for the token after each sequence."""
         hidden, view = self.decode(sequences)
         return self.model.logits(hidden[view.last_tokens]).float().cpu()
 
     def target_logprobs(self, sequences: list[Sequence]) -> Tensor:
-        """Float32 log-probabilities (tokens, vocab) of every next token along the sequences, packed."""
         return self.model.logits(self.decode(sequences)[0]).float().log_softmax(-1).cpu()
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.cache.device)
+        return torch.from_numpy(array).to(self.storage.device)
 
 
-def _source_of(request: Request) -> Source:
+def source_of(request: Request) -> Source:
+    """Where a request's source is in the cache."""
     row = request.sequences[0].row
     assert row is not None and row.source is not None
     return row.source

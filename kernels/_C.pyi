@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 max_head_dim: int  # of attention
+cache_page: int  # tokens
 cpu_path: str  # "generic", "avx2" or "avx512"
 
 class SamplingBatch:
@@ -79,3 +80,34 @@ def gelu(x: Floats, tanh: bool, out: Floats, num_threads: int, /) -> None: ...
 def gelu_backward(x: Floats, grad_out: Floats, tanh: bool, grad_x: Floats, num_threads: int, /) -> None: ...
 def rotate(x: Floats, cos: Floats, sin: Floats, back: bool, out: Floats, num_threads: int, /) -> None: ...
 def transpose(x: Floats, out: Floats, sums: Floats | None, num_threads: int, /) -> None: ...
+
+Format = tuple[str, int, int, int]  # dtype, kv_heads, head_dim, block_size
+
+def cache_page_bytes(dtype: str, kv_heads: int, head_dim: int, /) -> int: ...
+def cache_append(
+    cache: NDArray[np.uint8],
+    format: Format,
+    k: Floats,
+    v: Floats,
+    slots: NDArray[np.int64],
+    cos: Floats | None,
+    sin: Floats | None,
+    interleaved: bool,
+    q: Floats | None,
+    num_threads: int,
+    /,
+) -> None: ...
+def cached_attention(
+    q: Floats,
+    cache: NDArray[np.uint8],
+    format: Format,
+    block_table: Integers,
+    cache_seqlens: Integers,
+    cu_seqlens_q: Integers,
+    causal: bool,
+    softmax_scale: float,
+    scores: Scores,
+    out: Floats,
+    num_threads: int,
+    /,
+) -> None: ...

@@ -73,8 +73,8 @@ def forward(
         shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
         lse = torch.empty(shape)
     _C.attention_forward(
-        _rows(q), _rows(k), _rows(v), *_lengths(lengths), causal, _scale(q, softmax_scale),
-        _scores(options), out.numpy(), _floats(lse), torch.get_num_threads(),
+        _rows(q), _rows(k), _rows(v), *_lengths(lengths), causal, scale_of(q, softmax_scale),
+        scores_of(options), out.numpy(), _floats(lse), torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -94,7 +94,7 @@ def paged_attention(
     out = torch.empty(q.shape)
     _C.paged_attention(
         _rows(q), k_cache.detach().numpy(), v_cache.detach().numpy(), _integers(block_table),
-        _integers(cache_seqlens), _integers(cu_seqlens_q), causal, _scale(q, softmax_scale), _scores(options),
+        _integers(cache_seqlens), _integers(cu_seqlens_q), causal, scale_of(q, softmax_scale), scores_of(options),
         out.numpy(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -119,11 +119,11 @@ def _lengths(lengths: Sequence[Tensor | None]) -> tuple[Any, Any, Any]:
     return cu_seqlens_q, cu_seqlens_k, key_lengths
 
 
-def _scale(q: Tensor, softmax_scale: float | None) -> float:
+def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
 
 
-def _scores(options: ScoreOptions | None) -> tuple[int, float, Any, Any]:
+def scores_of(options: ScoreOptions | None) -> tuple[int, float, Any, Any]:
     if options is None:
         return 0, 0.0, None, None
     return options.window or 0, options.softcap, _floats(options.alibi_slopes), _floats(options.distance_bias)
@@ -159,8 +159,8 @@ class _Attention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
         grad_bias = torch.empty(ctx.options.distance_bias.shape) if ctx.needs_input_grad[3] else None
         _C.attention_backward(
-            _rows(q), _rows(k), _rows(v), *_lengths(lengths), ctx.causal, _scale(q, ctx.softmax_scale),
-            _scores(ctx.options), out.numpy(), lse.numpy(), _rows(grad_out), _floats(grad_lse), grad_q.numpy(),
+            _rows(q), _rows(k), _rows(v), *_lengths(lengths), ctx.causal, scale_of(q, ctx.softmax_scale),
+            scores_of(ctx.options), out.numpy(), lse.numpy(), _rows(grad_out), _floats(grad_lse), grad_q.numpy(),
             grad_k.numpy(), grad_v.numpy(), _floats(grad_bias), torch.get_num_threads(),
         )  # fmt: skip
         return grad_q, grad_k, grad_v, grad_bias, None, None, None, None

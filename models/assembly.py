@@ -121,15 +121,17 @@ def _slots(model: nn.Module, family: Family) -> Iterator[Slot]:
     weights = None if family.weights is None else family.weights(model.config)
     for parameter, own in names.items():
         sources = [_source(name, weights) for name in own]
-        yield Slot(own, parameter.shape, sources, _is_linear(model, own[0]), any(map(_is_vocabulary, own)))
+        yield Slot(own, parameter.shape, sources, is_linear(model, own[0]), any(map(is_vocabulary, own)))
 
 
-def _is_linear(model: nn.Module, name: str) -> bool:
+def is_linear(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is what a linear layer multiplies by, or token embeddings: what may be quantised."""
     module, _, leaf = name.rpartition(".")
-    return leaf == "weight" and (_is_vocabulary(name) or isinstance(model.get_submodule(module), Linear))
+    return leaf == "weight" and (is_vocabulary(name) or isinstance(model.get_submodule(module), Linear))
 
 
-def _is_vocabulary(name: str) -> bool:
+def is_vocabulary(name: str) -> bool:
+    """Whether a parameter has a row for each token: embeddings and the head."""
     return name == "lm_head.weight" or name.endswith(".embedding.tokens.weight")
 
 

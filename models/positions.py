@@ -99,7 +99,11 @@ class RelativePositions(nn.Module):
         self.table = nn.Parameter(torch.zeros(config.relative_buckets, config.heads))
 
     def forward(self) -> RelativeBias:
-        return RelativeBias(self.table, self.max_distance, self.bidirectional)
+        return self.biases(self.table)
+
+    def biases(self, table: Tensor) -> RelativeBias:
+        """Those of a table that is not this module's own."""
+        return RelativeBias(table, self.max_distance, self.bidirectional)
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -30,6 +30,13 @@ def check_quantization(quantization: str | None) -> None:
         raise ValueError(f"quantization is {quantization!r}: expected None, {', '.join(get_args(Quantization))}")
 
 
+def bits_of(quantization: str, in_features: int, is_vocabulary: bool) -> int:
+    """In how many bits "int8" or "int4" stores the rows of a matrix that has floats."""
+    if quantization == "int4" and not in_features % FOUR_BIT_GROUP:
+        return VOCABULARY_BITS if is_vocabulary else 4
+    return 8
+
+
 class SourceReader:
     """Finds theirs under any of its names and brings it into our form. ``where`` is the checkpoint, for messages."""
 
@@ -83,8 +90,8 @@ class SourceReader:
             return None
         bits = BITS.get(quantization) or max(weight.bits for weight in there)
         forms = {(weight.group, weight.symmetric) for weight in there if weight.bits == bits}
-        if bits == 4 and is_vocabulary and not forms:
-            bits = VOCABULARY_BITS
+        if not forms and quantization != "auto":
+            bits = bits_of(quantization, shape[-1], is_vocabulary)
         form = forms.pop() if len(forms) == 1 else None
         parts = [
             weight
@@ -106,9 +113,9 @@ class SourceReader:
     def _quantize(self, source: Source, name: str, bits: int, form: tuple[int, bool] | None) -> QuantizedWeight:
         part = self._part(source, name)
         try:
-            if bits == 8 or part.shape[-1] % FOUR_BIT_GROUP:
-                return quantize(part, 8)
-            return quantize(part, 4) if form is None else quantize(part, 4, group=form[0], symmetric=form[1])
+            if bits == 8 or form is None:
+                return quantize(part, bits)
+            return quantize(part, 4, group=form[0], symmetric=form[1])
         except ValueError as error:
             raise CheckpointError(f"{self.where}: {name} cannot be quantised: {error}") from None
 

@@ -1,0 +1,3 @@
+#include "cached_attention_kernels_impl.h"
+
+const tandem::CachedAttentionKernels tandem::kAvx512CachedAttentionKernels = tandem::kCachedAttentionKernels;

@@ -1,0 +1,45 @@
+"""Which runner an engine has, and the memory of its cache."""
+
+from __future__ import annotations
+
+from engine.kv_cache import KVCache
+from engine.native_runner import NativeRunner, NativeStorage
+from engine.options import EngineOptions
+from engine.runner import TorchRunner
+from engine.tensor_cache import TensorStorage
+from kernels.cached_attention import CacheFormat
+from models.assembly import NamedWeights
+from models.config import TransformerConfig
+from models.native import Weights, lower
+from models.transformer import DecoderOnly, EncoderDecoder
+
+
+def torch_runner(model: DecoderOnly | EncoderDecoder, options: EngineOptions) -> TorchRunner:
+    """A runner of a model that has its weights."""
+    config, weight = model.config, next(model.parameters())
+    if options.kv_cache_dtype not in ("auto", str(weight.dtype).removeprefix("torch.")):
+        raise ValueError(f"kv_cache_dtype is {options.kv_cache_dtype}: where torch runs the model, it is the weights'")
+    per_block = TensorStorage.bytes_per_block(config, options.block_size, weight.dtype)
+    num_blocks = options.num_blocks(config, per_block)
+    storage = TensorStorage(config, num_blocks, options.block_size, weight.device, weight.dtype)
+    cache = KVCache(storage, options.max_num_seqs, options.model_length(config))
+    return TorchRunner(model, cache, storage, None if options.backend == "auto" else options.backend)
+
+
+def native_runner(model: DecoderOnly | EncoderDecoder, weights: NamedWeights, options: EngineOptions) -> NativeRunner:
+    """A runner of a model that the weights are packed for; its own are not read."""
+    config = model.config
+    packed = Weights(model, weights)
+    cache_format = _cache_format(config, packed, options)
+    num_blocks = options.num_blocks(config, config.depth * cache_format.layer_bytes)
+    storage = NativeStorage(config.depth, cache_format, num_blocks)
+    cache = KVCache(storage, options.max_num_seqs, options.model_length(config))
+    return NativeRunner(lower(model, packed, cache_format), cache, storage, options.num_threads)
+
+
+def _cache_format(config: TransformerConfig, weights: Weights, options: EngineOptions) -> CacheFormat:
+    dtype = options.kv_cache_dtype
+    if dtype == "auto":
+        dtype = "float32" if weights.are_exact else "bfloat16"
+    assert config.kv_heads is not None and config.head_dim is not None
+    return CacheFormat(dtype, config.kv_heads, config.head_dim, options.block_size)
