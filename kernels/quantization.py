@@ -12,8 +12,8 @@ from torch import Tensor
 GROUPS = (32, 64)
 SLICE = 1 << 18  # weights worked on at a time: few enough for a core's cache, many enough to hide torch's calls
 # What a group's largest weight may become besides what fills the range: rounding the others is finer below it.
-SYMMETRIC_TOPS = (8.0, 7.6, 7.2, 6.8)
-SHRINKAGES = (1.0, 0.96, 0.92, 0.88)
+SYMMETRIC_TOPS = (8.9, 8.4, 7.9, 7.4)
+SHRINKAGES = (1.0, 0.95, 0.9, 0.85)
 LARGEST_HALF = torch.finfo(torch.float16).max
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -128,7 +128,7 @@ def quantize(weight: Tensor, bits: int, *, group: int = 32, symmetric: bool = Tr
     def quantize_groups(slice: Tensor) -> list[Tensor]:
         values, *scales = fit(slice.view(-1, group))
         pairs = values.to(torch.uint8).view(len(slice), -1, 2)
-        return [pairs[..., 0] | pairs[..., 1] << 4, *(scale.view(len(slice), -1) for scale in scales)]
+        return [pairs[..., 0] | (pairs[..., 1] << 4), *(scale.view(len(slice), -1) for scale in scales)]
 
     return _fill(weight, quantize_groups, (torch.uint8, columns // 2), (torch.float16, columns // group), not symmetric)
 
@@ -164,65 +164,47 @@ def _quantize_rows(rows: Tensor) -> list[Tensor]:
 def _fit_symmetric(groups: Tensor) -> list[Tensor]:
     """Values (0 to 15) and float16 scales of groups (count, group), w = scale * (value - 8).
 
-    The weight of largest magnitude goes to -8, the end with one value more, or a little less: scales may be negative.
+    The weight of largest magnitude goes to -8, the end with one value more, or near it: scales may be negative.
     """
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     _check_range(groups, largest.abs() / 6)
-    best = _Best(groups)
+    best, most = torch.zeros_like(largest), torch.zeros_like(largest)
     for top in SYMMETRIC_TOPS:
-        values = _rounded(groups, largest / -top, None, -8)
-        # The best scale for these values, in the sense of least squares.
-        scale = (groups * values).sum(1, keepdim=True) / (values * values).sum(1, keepdim=True).clamp_min(1)
-        best.offer(scale.half(), None, -8)
-    return best.result(8)
+        values = _rounded(groups, largest / -top, -8)
+        scale, gain = _least_squares(groups, values)
+        best, most = torch.where(gain > most, scale, best), torch.maximum(gain, most)
+    scale = best.half()
+    return [_rounded(groups, scale.float(), -8) + 8, scale]
 
 
 def _fit_range(groups: Tensor) -> list[Tensor]:
     """Values (0 to 15), float16 scales and minimums of groups (count, group), w = scale * value + minimum."""
     low, high = groups.aminmax(dim=1, keepdim=True)
     _check_range(groups, torch.maximum(high, -low) * 2)
-    best = _Best(groups)
-    middle, reach = (low + high) / 2, (high - low) / 2
+    mean, middle, reach = groups.mean(1, keepdim=True), (low + high) / 2, (high - low) / 2
+    centred = groups - mean
+    best, start, most = torch.zeros_like(mean), mean, torch.zeros_like(mean)
     for shrinkage in SHRINKAGES:
-        values = _rounded(groups, 2 * shrinkage * reach / 15, middle - shrinkage * reach, 0)
-        best.offer(*_least_squares_line(groups, values), 0)
-    return best.result(0)
+        values = _rounded(groups - (middle - shrinkage * reach), 2 / 15 * shrinkage * reach, 0)
+        center = values.mean(1, keepdim=True)
+        scale, gain = _least_squares(centred, values - center)
+        better = gain > most
+        best, start = torch.where(better, scale, best), torch.where(better, mean - scale * center, start)
+        most = torch.maximum(gain, most)
+    scale, minimum = best.half(), start.half()
+    return [_rounded(groups - minimum, scale.float(), 0), scale, minimum]
 
 
-def _least_squares_line(groups: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and minimum that take each group's values nearest to its weights, as float16."""
-    mean, center = groups.mean(1, keepdim=True), values.mean(1, keepdim=True)
-    values = values - center
-    scale = (groups * values).sum(1, keepdim=True) / (values * values).sum(1, keepdim=True).clamp_min(1e-3)
-    scale = scale.half()
-    return scale, (mean - scale * center).half()
+def _least_squares(groups: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale that takes each group's values nearest to its weights, and what it takes off their squared error."""
+    product, square = (groups * values).sum(1, keepdim=True), (values * values).sum(1, keepdim=True)
+    scale = product / square.clamp_min(SMALLEST_SCALE)
+    return scale, scale * product
 
 
-class _Best:
-    """The values, scales and minimums of least squared error among those offered, group by group."""
-
-    def __init__(self, groups: Tensor) -> None:
-        self.groups, self.error = groups, torch.full((len(groups), 1), torch.inf)
-        self.parts: list[Tensor] = []
-
-    def offer(self, scale: Tensor, minimum: Tensor | None, low: int) -> None:
-        """Values are from ``low`` to low + 15."""
-        values = _rounded(self.groups, scale.float(), minimum, low)
-        off = values * scale - self.groups if minimum is None else values * scale + minimum - self.groups
-        error = (off * off).sum(1, keepdim=True)
-        parts = [values, scale, *([] if minimum is None else [minimum])]
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.parts = [torch.where(better, *pair) for pair in zip(parts, self.parts or parts, strict=True)]
-
-    def result(self, offset: int) -> list[Tensor]:
-        values, *others = self.parts
-        return [values + offset, *others]
-
-
-def _rounded(groups: Tensor, scale: Tensor, minimum: Tensor | None, low: int) -> Tensor:
-    shifted = groups if minimum is None else groups - minimum
-    return (shifted * _reciprocal(scale)).round_().clamp_(low, low + 15)
+def _rounded(groups: Tensor, scale: Tensor, low: int) -> Tensor:
+    """The nearest of the values from ``low`` to low + 15."""
+    return (groups * _reciprocal(scale)).round_().clamp_(low, low + 15)
 
 
 def _reciprocal(scale: Tensor) -> Tensor:

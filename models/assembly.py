@@ -30,12 +30,14 @@ class Slot:
         names: that it has, more than one where it is tied. shape: its own.
         sources: the places it may come from.
         is_linear: whether it is what a linear layer multiplies by, or token embeddings: what may be quantised.
+        is_vocabulary: whether it has a row for each token.
     """
 
     names: list[str]
     shape: torch.Size
     sources: list[Source]
     is_linear: bool
+    is_vocabulary: bool
 
 
 def named_weights(
@@ -46,7 +48,8 @@ def named_weights(
 
     Tensors are on the device, in the dtype (None: the file's); one that needs no change is a view of the mapped file.
     ``quantization``: None, quantised ones are made floats; "auto", they are as stored; "int8" and "int4", linear layers
-    and token embeddings are quantised. Quantised weights stay on the CPU. The largest come first: what a weight takes
+    and token embeddings are quantised, though with "int4" embeddings and head have eight bits unless stored in four,
+    as rows do that are no whole groups. Quantised weights stay on the CPU. The largest come first: what a weight takes
     on its way is then least where most of the model is there already.
 
     Raises CheckpointError, naming the file and the tensor, unless the file has what the model needs, in its shapes,
@@ -60,7 +63,7 @@ def named_weights(
     def read(slot: Slot) -> Weight:
         source = plan[slot.names[0]]
         if quantization is not None and slot.is_linear:
-            weight = reader.quantized(source, slot.shape, quantization)
+            weight = reader.quantized(source, slot.shape, quantization, slot.is_vocabulary)
             if weight is not None:
                 return weight
         return reader.tensor(source, slot.shape, torch.device(device), _dtype_of(model.config, slot.names[0], dtype))
@@ -117,14 +120,19 @@ def _slots(model: nn.Module, family: Family) -> Iterator[Slot]:
     assert isinstance(model.config, TransformerConfig)
     weights = None if family.weights is None else family.weights(model.config)
     for parameter, own in names.items():
-        yield Slot(own, parameter.shape, [_source(name, weights) for name in own], is_linear(model, own[0]))
+        sources = [_source(name, weights) for name in own]
+        yield Slot(own, parameter.shape, sources, is_linear(model, own[0]), any(map(is_vocabulary, own)))
 
 
 def is_linear(model: nn.Module, name: str) -> bool:
     """Whether a parameter is what a linear layer multiplies by, or token embeddings: what may be quantised."""
     module, _, leaf = name.rpartition(".")
-    is_embedding = module.endswith(".embedding.tokens")
-    return leaf == "weight" and (is_embedding or isinstance(model.get_submodule(module), Linear))
+    return leaf == "weight" and (is_vocabulary(name) or isinstance(model.get_submodule(module), Linear))
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a parameter has a row for each token: embeddings and the head."""
+    return name == "lm_head.weight" or name.endswith(".embedding.tokens.weight")
 
 
 def _source(name: str, weights: Mapping[str, Entry] | None) -> Source:

@@ -20,22 +20,34 @@ from models.files import CheckpointError, read_json
 from models.generation import GenerationConfig, read_generation
 from models.gguf.folder import open_gguf
 from models.hub import GGUF_SUFFIX, resolve_folder
-from models.sources import Quantization
+from models.packed_file import PackedFile
+from models.quantized_file import QuantizedFile
+from models.sources import BITS, Quantization
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder, build_model
 from models.weights import SAFETENSORS_FILE, Weights, open_weights
 
 CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE = "config.json", "generation_config.json", SAFETENSORS_FILE
+QUANTIZATION_KEY = "quantization"  # in config.json
 
 
 def save(folder: Path, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None) -> None:
     """Writes the model into an existing folder; a weight that several names share is stored once."""
-    (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
-    if model.generation != GenerationConfig():
-        (folder / GENERATION_FILE).write_text(json.dumps(model.generation.to_dict(), indent=2) + "\n")
     save_file(_unique_tensors(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_description(folder, model, tokenizer)
+
+
+def save_description(
+    folder: Path, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None,
+    quantization: Quantization | None = None,
+) -> None:  # fmt: skip
+    """Writes what else than weights is in a folder of ours; ``quantization`` says what they are stored as."""
     if tokenizer is not None:
         tokenizer.save(folder)
+    if model.generation != GenerationConfig():
+        (folder / GENERATION_FILE).write_text(json.dumps(model.generation.to_dict(), indent=2) + "\n")
+    values = model.config.to_dict() | ({} if quantization is None else {QUANTIZATION_KEY: quantization})
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load(
@@ -72,8 +84,6 @@ def open_model(
     try:
         values, weights, tokenizer = open_gguf(path) if path.suffix == GGUF_SUFFIX else _open_folder(path)
         family = OURS if values.get("model_type") == MODEL_TYPE else family_of(values.get("model_type"))
-        if values.get("quantization_config") is not None:
-            raise ConfigError("quantization_config is not supported: load the model it was made of, or a GGUF file")
         config = family.config(values, weights.names())
         if config.tie_embeddings and has_own_head(config, weights, family):
             config = dataclasses.replace(config, tie_embeddings=False)
@@ -87,7 +97,14 @@ def open_model(
 
 
 def _open_folder(folder: Path) -> tuple[dict[str, Any], Weights, Tokenizer | None]:
-    return read_json(folder / CONFIG_FILE), open_weights(folder), Tokenizer.load(folder)
+    values, weights = read_json(folder / CONFIG_FILE), open_weights(folder)
+    if values.get("model_type") == MODEL_TYPE and (kind := values.pop(QUANTIZATION_KEY, None)) is not None:
+        if kind not in list(BITS):
+            raise ConfigError(f"{QUANTIZATION_KEY} {kind!r} is not supported: expected {' or '.join(BITS)}")
+        weights = QuantizedFile(weights, folder)
+    elif (packing := values.get("quantization_config")) is not None:
+        weights = PackedFile(weights, packing, folder)
+    return values, weights, Tokenizer.load(folder)
 
 
 OURS = Family(config=lambda values, names: TransformerConfig.from_dict(dict(values)), weights=None)

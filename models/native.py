@@ -19,10 +19,10 @@ from kernels.cached_attention import CacheFormat
 from kernels.extension import _C
 from kernels.packed_linear import PackedWeight, gated_order, pack
 from kernels.quantization import QuantizedWeight, quantize
-from models.assembly import NamedWeights, is_linear
+from models.assembly import NamedWeights, is_linear, is_vocabulary
 from models.config import TransformerConfig
 from models.layers import GATES, Attention, Block, FeedForward, LayerNorm, Linear, RMSNorm
-from models.sources import BITS, FOUR_BIT_GROUP
+from models.sources import BITS, bits_of
 from models.transformer import DecoderOnly, EncoderDecoder, Stack
 
 Floats = NDArray[np.float32]
@@ -76,7 +76,7 @@ def live_weights(model: nn.Module, quantization: str | None) -> NamedWeights:
     for parameter, own in names.items():
         weight = parameter.detach()
         if quantization in BITS and is_linear(model, own[0]):
-            yield own, quantize(weight, 8 if weight.shape[1] % FOUR_BIT_GROUP else BITS[quantization])
+            yield own, quantize(weight, bits_of(quantization, weight.shape[1], any(map(is_vocabulary, own))))
         else:
             yield own, weight
 

@@ -1,4 +1,4 @@
-"""``python -m tools.convert``: a checkpoint folder again, in safetensors, or as transformers has it."""
+"""``python -m tools.convert``: a checkpoint again, in safetensors, quantised, or as transformers has it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from models.files import CheckpointError
 from models.hub import resolve_folder
+from models.sources import BITS
 from models.weights import INDEX_SUFFIX, SAFETENSORS_FILE, TORCH_FILE, Weights, find_weights, open_file, weight_files
 from tools.export import export
+from tools.quantize import quantize_folder
 
 SHARD_BYTES = 5_000_000_000
 
@@ -26,7 +28,12 @@ def main(arguments: list[str]) -> int:
     options = build_parser().parse_args(arguments)
     try:
         folder, output = resolve_folder(options.model), Path(options.output)
-        if options.to == "huggingface":
+        if options.quantize and options.to == "huggingface":
+            raise ValueError("--quantize writes a folder of ours: use it with --to safetensors")
+        if options.quantize:
+            check_output(folder, output)
+            print(quantize_folder(folder, output, options.quantize, SHARD_BYTES))
+        elif options.to == "huggingface":
             print(export(folder, output))
         else:
             convert(folder, output)
@@ -44,6 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", required=True, choices=["safetensors", "huggingface"],
         help="safetensors: pickled weights in that format; huggingface: a model trained here as transformers loads it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantize", choices=list(BITS),
+        help="with --to safetensors, of any model: a folder of ours, its linear layers and embeddings in so many bits",
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder, or an empty one")
     return parser
@@ -74,11 +85,16 @@ def check(folder: Path, output: Path) -> Path:
     source = find_weights(folder)
     if not source.name.startswith(TORCH_FILE):
         raise CheckpointError(f"{source} is in the safetensors format already")
+    check_output(folder, output)
+    return source
+
+
+def check_output(folder: Path, output: Path) -> None:
+    """Raises ValueError for a place that the conversion of ``folder`` may not be written to."""
     if output.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--output {output} is inside the folder to convert")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder")
-    return source
 
 
 def write_weights(weights: Weights, folder: Path, shard_bytes: int) -> None:

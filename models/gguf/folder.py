@@ -6,19 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.quantization import QuantizedWeight
 from models.files import CheckpointError
+from models.gguf.blocks import check_types, read_floats, read_quantized
 from models.gguf.config import ROPE_FACTORS, read_config
 from models.gguf.file import GgufFile
 from models.gguf.vocabulary import GgufVocabulary, read_vocabulary
 from models.tokenizer import SpecialTokens, Tokenizer
 from models.vocabularies.builders import surround
 from models.weights import Weights
-
-SLICE = 1 << 22  # elements dequantised at a time, which bounds the memory for it beside the result
 
 LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -62,10 +61,10 @@ def _tokenizer(given: GgufVocabulary) -> Tokenizer:
 
 
 class GgufWeights(Weights):
-    """A GGUF file's tensors under their Hugging Face names, each dequantised to float32 when it is read."""
+    """A GGUF file's tensors under their Hugging Face names."""
 
     def __init__(self, file: GgufFile, config: dict[str, Any]) -> None:
-        _check_types(file)
+        check_types(file)
         self._file = file
         self._sources = _source_names(file, _t5_names(config) if config["model_type"] == "t5" else LLAMA_NAMES)
         # llama.cpp turns neighbours, Hugging Face the halves of a head: converting reorders the rows that are turned.
@@ -79,27 +78,21 @@ class GgufWeights(Weights):
         return self._file.tensors[self._sources[name]].shape
 
     def read(self, name: str) -> Tensor:
-        values = _dequantise(self._file, self._sources[name])
-        heads = self._turned_heads.get(name.split(".")[-2])
-        return values if heads is None else self._halved(name, values, heads)
+        values, order = read_floats(self._file, self._sources[name]), self._order(name)
+        return values if order is None else values[order]
 
-    def _halved(self, name: str, values: Tensor, heads: int) -> Tensor:
-        """The rows of every head, interleaved pairs, as a first half and a second."""
-        if values.shape[0] % (2 * heads):
-            raise CheckpointError(f"{self._file.path}: {name} is {tuple(values.shape)}, not pairs of rows a head")
-        return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+    def quantized(self, name: str) -> QuantizedWeight | None:
+        weight, order = read_quantized(self._file, self._sources[name]), self._order(name)
+        return weight if weight is None or order is None else weight.rows(order)
 
-
-def _check_types(file: GgufFile) -> None:
-    from gguf.constants import GGML_QUANT_SIZES
-    from gguf.quants import dequantize
-
-    for kind in {tensor.kind for tensor in file.tensors.values()}:
-        try:
-            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-        except NotImplementedError:
-            name = next(name for name, tensor in file.tensors.items() if tensor.kind == kind)
-            raise CheckpointError(f"{file.path}: {name} is {kind.name}, which cannot be dequantised") from None
+    def _order(self, name: str) -> Tensor | None:
+        """Of the rows of turned heads, which are interleaved pairs: a first half and a second."""
+        heads, shape = self._turned_heads.get(name.split(".")[-2]), self.shape(name)
+        if heads is None:
+            return None
+        if shape[0] % (2 * heads):
+            raise CheckpointError(f"{self._file.path}: {name} is {shape}, not pairs of rows a head")
+        return torch.arange(shape[0]).view(heads, -1, 2).transpose(1, 2).flatten()
 
 
 def _source_names(file: GgufFile, names: dict[str, str]) -> dict[str, str]:
@@ -132,18 +125,3 @@ def _t5_names(config: dict[str, Any]) -> dict[str, str]:
         names[f"{source}_down"] = f"{target}.DenseReluDense.wo"
         names[f"{short}.output_norm"] = f"{stack}.final_layer_norm"
     return names
-
-
-def _dequantise(file: GgufFile, name: str) -> Tensor:
-    """The tensor in float32, a view of the file where that is what it holds."""
-    from gguf.quants import dequantize
-
-    tensor, blocks = file.tensors[name], file.blocks(name)
-    if tensor.kind.name == "F32":
-        return torch.from_numpy(blocks.view(np.float32))
-    values = torch.empty(tensor.shape)
-    rows, out = blocks.reshape(-1, blocks.shape[-1]), values.view(-1, tensor.shape[-1]).numpy()
-    step = max(1, SLICE // tensor.shape[-1])
-    for start in range(0, len(rows), step):
-        out[start : start + step] = dequantize(rows[start : start + step], tensor.kind)
-    return values

@@ -19,10 +19,15 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+import models
+from kernels.quantization import QuantizedWeight
+from models.checkpoint import open_model
 from models.files import CheckpointError
+from models.gguf import blocks
 from models.gguf import folder as gguf
 from models.gguf.config import llama3_divisors
 from models.gguf.folder import open_gguf
+from models.sources import Quantization
 from tests.models.gguf_files import Stored, smollm2, write
 
 LLAMA = {
@@ -134,7 +139,7 @@ def test_a_t5_comes_back_as_it_was(feed_forward: str, tied: bool, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_matrices_of_every_kind_are_dequantised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "SLICE", 200)  # several slices, the last of them short
+    monkeypatch.setattr(blocks, "SLICE", 200)  # several slices, the last of them short
     values = np.random.default_rng(0).standard_normal((24, 32), np.float32)
     path = write(tmp_path / "one.gguf", "llama", LLAMA_METADATA, llama_tensors(token_embd=values), Kind[name])
     read = open_gguf(path)[1].read("model.embed_tokens.weight")
@@ -161,6 +166,90 @@ def test_blocks_that_only_llama_cpp_writes_are_dequantised(name: str, tmp_path: 
     read = open_gguf(path)[1].read("model.embed_tokens.weight")
     assert read.shape == (24, 2 * values)
     assert torch.equal(read, torch.from_numpy(dequantize(blocks, Kind[name])))
+
+
+def quantized_weight(path: Path, name: str = "model.embed_tokens.weight") -> QuantizedWeight:
+    weight = open_gguf(path)[1].quantized(name)
+    assert weight is not None
+    return weight
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1"])
+def test_four_bits_are_kept_as_they_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "SLICE", 200)
+    values = np.random.default_rng(0).standard_normal((24, 64), np.float32)
+    path = write(tmp_path / "one.gguf", "llama", LLAMA_METADATA, llama_tensors(token_embd=values), Kind[name])
+    weight = quantized_weight(path)
+    assert (weight.bits, weight.group, weight.symmetric) == (4, 32, name == "Q4_0")
+    assert torch.equal(weight.dequantize(), open_gguf(path)[1].read("model.embed_tokens.weight"))
+
+
+def test_q4_k_is_kept_but_for_its_scales_rounding(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    stored = rng.integers(0, 256, (24, 2, 144), np.uint8)
+    stored[..., :4] = rng.uniform(0.01, 0.02, (24, 2, 2)).astype(np.float16).view(np.uint8)  # the two factors
+    tensors = llama_tensors(token_embd=(stored.reshape(24, 288), Kind.Q4_K))
+    path = write(tmp_path / "k.gguf", "llama", LLAMA_METADATA, tensors)
+    weight, exact = quantized_weight(path), open_gguf(path)[1].read("model.embed_tokens.weight")
+    assert (weight.bits, weight.group, weight.symmetric) == (4, 32, False)
+    assert weight.minimums is not None
+    steps, minimums = (t.float().abs().repeat_interleave(32, dim=1) for t in (weight.scales, weight.minimums))
+    assert ((weight.dequantize() - exact).abs() <= 0.0075 * steps + 0.0005 * minimums).all()
+
+
+@pytest.mark.parametrize("name", ["Q5_0", "Q5_1", "Q8_0", "Q6_K"])
+def test_other_kinds_become_eight_bits_a_row(name: str, tmp_path: Path) -> None:
+    block, size = GGML_QUANT_SIZES[Kind[name]]
+    stored = np.random.default_rng(0).integers(0, 0x3C, (24, 512 // block * size), np.uint8)
+    path = write(tmp_path / "k.gguf", "llama", LLAMA_METADATA, llama_tensors(token_embd=(stored, Kind[name])))
+    weight, exact = quantized_weight(path), open_gguf(path)[1].read("model.embed_tokens.weight")
+    assert weight.bits == 8
+    assert ((weight.dequantize() - exact).abs() <= 0.501 / 127 * exact.abs().amax(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_floats_are_not_quantised(name: str, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "llama.gguf", kind=Kind[name])
+    assert all(open_gguf(path)[1].quantized(name) is None for name in open_gguf(path)[1].names())
+
+
+def write_quantised_llama(path: Path, kind: Kind, **others: Kind) -> Path:
+    """A llama of the kind, but for the parts that ``others`` names and for rows that are no whole blocks."""
+    tensors: dict[str, Stored] = {}
+    for name, values in to_gguf(llama_state(True), LLAMA_PARTS).items():
+        own = Kind.F32 if values.ndim == 1 or values.shape[1] % 32 else others.get(name.split(".")[-2], kind)
+        tensors[name] = (quantize(values, own), own)
+    return write(path, "llama", LLAMA_METADATA, tensors)
+
+
+def quantised(path: Path, quantization: Quantization) -> dict[str, QuantizedWeight]:
+    weights = ((names[0], weight) for names, weight in open_model(path, quantization)[2])
+    return {name: weight for name, weight in weights if isinstance(weight, QuantizedWeight)}
+
+
+def test_a_quantised_file_is_loaded_as_it_is_stored(tmp_path: Path) -> None:
+    path = write_quantised_llama(tmp_path / "llama.gguf", Kind.Q4_0)
+    model, _ = models.load(path, quantization="auto")
+    floats, _ = models.load(path)
+    for (name, ours), theirs in zip(model.named_parameters(), floats.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    found = quantised(path, "auto")
+    qkv = found["decoder.blocks.0.attention.qkv.weight"]
+    assert (qkv.bits, qkv.shape, qkv.symmetric) == (4, (64, 32), True)
+    assert "decoder.blocks.0.ffn.down.weight" not in found
+
+
+def test_stacked_rows_of_different_kinds_become_the_widest(tmp_path: Path) -> None:
+    path = write_quantised_llama(tmp_path / "mixed.gguf", Kind.Q4_1, attn_v=Kind.Q8_0)
+    exact = dict(models.load(path)[0].named_parameters())
+    key = "decoder.blocks.1.attention.qkv.weight"
+    bits: dict[Quantization, int] = {"auto": 8, "int8": 8, "int4": 4}
+    for quantization, expected in bits.items():
+        weight = quantised(path, quantization)[key]
+        assert (weight.bits, weight.symmetric) == (expected, expected == 8)
+        error = (weight.dequantize() - exact[key]).norm(dim=1)
+        assert (error < 0.12 * exact[key].norm(dim=1)).all()
+        assert expected == 8 or not error[:48].any()  # q and k stay as they are
 
 
 def test_llama_3_positions_are_known_by_their_divisors(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
     ({"model_type": "gemma2", "query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
     ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config of 'bitsandbytes'"),
     ({"eos_token_id": "</s>"}, "eos_token_id"),
     ({"task_specific_params": [1]}, "task_specific_params"),
     ({"task_specific_params": {"summarize": {"prefix": 5}}}, "prefix"),

@@ -81,7 +81,7 @@ class Corpus:
 def load_pairs(data: DataSection, seed: int) -> Corpus:
     """The examples of any task but ``text``. Raises ConfigError for files that are missing, malformed or empty."""
     if data.task == "pairs":
-        return _hold_out(list(_read_pairs(data)), data, seed)
+        return _hold_out(read_pairs(data), data, seed)
     if data.task == "g2p":
         return _pronunciations(data)
     train, validation = tasks.generate(data.task, data.num_train_samples or 10_000, data.num_val_samples or 1_000, seed)
@@ -112,7 +112,17 @@ def _read(path: str) -> str:
         raise ConfigError(f"cannot read {path} as UTF-8 text: {error}") from None
 
 
-def _read_pairs(data: DataSection) -> Iterator[Pair]:
+def read_pairs(data: DataSection) -> list[Pair]:
+    """The pairs of ``data``'s files, each source once, with all its targets. Raises ConfigError as ``load_pairs``."""
+    by_source: dict[str, list[str]] = {}
+    for source, references in _read_lines(data):
+        if not source or not all(references):
+            continue  # parallel corpora have empty lines where the other side was not translated
+        by_source.setdefault(source, []).extend(references)
+    return [Pair(source, tuple(dict.fromkeys(references))) for source, references in by_source.items()]
+
+
+def _read_lines(data: DataSection) -> Iterator[Pair]:
     if data.source_file and data.target_file:
         sources, targets = (_lines(path) for path in (data.source_file, data.target_file))
         if len(sources) != len(targets):
@@ -150,18 +160,11 @@ def _json_line(line: str, place: str) -> Pair:
 
 def _hold_out(pairs: list[Pair], data: DataSection, seed: int) -> Corpus:
     """Splits by source, so that a source with several targets falls on one side only."""
-    by_source: dict[str, list[str]] = {}
-    for source, references in pairs:
-        if not source or not all(references):
-            continue  # parallel corpora have empty lines where the other side was not translated
-        by_source.setdefault(source, []).extend(references)
-    if len(by_source) < 2:
-        raise ConfigError(f"the data set holds {len(by_source)} distinct sources: at least 2 are needed")
-    sources = list(by_source)
-    random.Random(seed).shuffle(sources)
-    held_out = min(data.num_val_samples or 1_000, max(1, len(sources) // 10))
-    unique = [Pair(source, tuple(dict.fromkeys(by_source[source]))) for source in sources]
-    return Corpus(unique[held_out:][: data.num_train_samples], unique[:held_out], [])
+    if len(pairs) < 2:
+        raise ConfigError(f"the data set holds {len(pairs)} distinct sources: at least 2 are needed")
+    random.Random(seed).shuffle(pairs)
+    held_out = min(data.num_val_samples or 1_000, max(1, len(pairs) // 10))
+    return Corpus(pairs[held_out:][: data.num_train_samples], pairs[:held_out], [])
 
 
 def _pronunciations(data: DataSection) -> Corpus:
