@@ -32,7 +32,7 @@ OURS = Contender("tandem", "fp32")
 
 
 def samples(*decode: float, tokens: int = 0) -> Samples:
-    return Samples([[100] * 5] * 2, [0.25] * len(decode), list(decode), [[tokens] * 8] * 2)
+    return Samples([[100] * 5] * 2, [0.25] * len(decode), list(decode), [0.5], [[tokens] * 8] * 2)
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_a_row_holds_the_median_against_the_best_peer_and_the_limit(tmp_path: Pa
     assert (ours["tokens/s"], ours["low"], ours["high"]) == (28, 14, 56)  # 2 sequences of 7 tokens after the first
     assert (ours["x best peer"], theirs["x best peer"]) == (2, 1)
     assert (ours["limit"], ours["% of limit"]) == ("read", pytest.approx(100 * 28 * 0.02 / 2))
-    assert (ours["prefill ms"], ours["% same"], theirs["% same"]) == (250, 0, 100)
+    assert (ours["prefill ms"], ours["% same"], theirs["% same"], ours["% others"]) == (250, 0, 100, 50)
 
 
 def test_our_int4_is_held_against_int8_where_nobody_has_int4() -> None:

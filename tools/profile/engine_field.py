@@ -38,17 +38,22 @@ class Contender:
 
 @dataclass
 class Samples:
-    """One contender's rounds: seconds to the first token, seconds from there to the last; the last round's tokens."""
+    """One contender's rounds: seconds to the first token, seconds from there to the last; the last round's tokens.
+
+    others: the share of the machine's time that other processes took.
+    """
 
     prompts: Rows
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
     tokens: Rows = field(default_factory=list)
 
     def add(self, answer: dict[str, Any]) -> None:
         first, whole = answer["seconds"]
         self.prefill.append(first)
         self.decode.append(whole - first)
+        self.others.append(answer["others"])
         self.tokens = answer["tokens"]
 
 

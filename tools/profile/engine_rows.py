@@ -11,6 +11,7 @@ from tools.profile.machine import Cell
 
 KEYS = ("shape", "precision", "prompt", "beams", "batch", "who")
 MEASURE = ("tokens/s", "low", "high")
+FIGURES = (*MEASURE, "x best peer", "% of limit", "prefill ms", "% same", "% others")
 Seen = dict[Contender, Samples]
 
 
@@ -23,7 +24,9 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
     named: dict[str, Cell] = {"shape": case.shape, "precision": contender.precision, "prompt": case.prompt}
     named |= {"beams": case.beams, "batch": case.batch, "who": contender.label}
     least, limit = rates.least_seconds(model.weights, contender.precision, case.batch * case.beams)
-    figures: dict[str, Cell] = dict.fromkeys((*MEASURE, "x best peer", "% of limit", "prefill ms", "% same"))
+    figures: dict[str, Cell] = dict.fromkeys(
+        (*MEASURE, "x best peer", "% of limit", "prefill ms", "% same", "% others")
+    )
     if contender in seen:
         samples, reference = seen[contender], reference_of(seen)
         speed, fastest = tokens_a_second(case, samples), best_peer(case, contender.precision, seen)
@@ -33,6 +36,7 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
         figures["% of limit"] = 100 * speed * least / case.batch
         figures["prefill ms"] = median(samples.prefill) * 1e3
         figures["% same"] = None if reference is None else 100 * same_share(samples, seen[reference])
+        figures["% others"] = 100 * median(samples.others)
     return {**named, **figures, "limit": limit, "note": field.failed.get(contender, "")}
 
 

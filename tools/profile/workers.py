@@ -56,22 +56,34 @@ class Worker:
         self._read()
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to a request. Raises WorkerError where the process ends instead."""
+        """The answer, and as "others" the share of this machine's time that went to other processes meanwhile.
+
+        Raises WorkerError where the process ends instead.
+        """
         assert self._process.stdin is not None
+        start, others = time.perf_counter(), self._others_seconds()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the reading below says why
         answer = self._read()
+        share = (self._others_seconds() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)
         time.sleep(REST)
-        return answer
+        return {**answer, "others": min(max(share, 0.0), 1.0)}
 
     def close(self) -> None:
         """Ends the process; may be called twice."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+    def _others_seconds(self) -> float:
+        """CPU seconds so far of everything but the worker, those of other guests of the machine's host included."""
+        user, nice, system, _, _, *interrupts_and_stolen = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        everything = sum(map(int, (user, nice, system, *interrupts_and_stolen)))
+        own = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (everything - sum(map(int, own))) / os.sysconf("SC_CLK_TCK")
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
