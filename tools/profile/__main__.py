@@ -14,16 +14,26 @@ import torch
 from kernels.backend import check_process_choice
 from tools.profile import budget_check, compare, plot, tune
 from tools.profile.ceilings import DTYPES
-from tools.profile.options import MODES, Options, known, listed, numbers
+from tools.profile.options import MODES, PRECISIONS, Options, known, listed, number, numbers
 
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report, which prints its
 # rows as they are measured. OPTIONS are those of SOME that it takes, and "shape"
 # where run() reads the shapes' names itself, and has others than SHAPES; MODES, if there, are fewer than all.
 NAMES = (
     "attention", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy", "sampling", "load", "train",
+    "engine",
 )  # fmt: skip
 OPERATIONS = {name: f"tools.profile.{name}" for name in NAMES}
-SOME = ("batch", "mode", "dtype", "plot", "peer_python")  # options that not every operation takes
+SOME = (
+    "batch",
+    "mode",
+    "dtype",
+    "precision",
+    "prompt",
+    "beams",
+    "plot",
+    "peer_python",
+)  # options that not every operation takes
 SHOWS = {"compare": compare.main, "plot": plot.main}
 
 
@@ -103,6 +113,9 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
         batches=numbers("--batch", parsed.batch),
         modes=known("mode", listed(parsed.mode), getattr(operation, "MODES", MODES)),
         dtypes=[DTYPES[name] for name in known("dtype", listed(parsed.dtype), DTYPES)],
+        precisions=known("precision", listed(parsed.precision), PRECISIONS),
+        prompt=number("--prompt", parsed.prompt) or Options.prompt,
+        beams=number("--beams", parsed.beams) or Options.beams,
         seconds=parsed.seconds,
         json=parsed.json,
         peer_python=parsed.peer_python or sys.executable,
@@ -136,12 +149,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("operation", metavar="OP", nargs="?", help="one of " + ", ".join(OPERATIONS))
     parser.add_argument("--against", metavar="PEER,PEER", help="what to compare with; none for nothing")
     parser.add_argument("--shape", default="", metavar="NAME,NAME", help="shapes by name, or of your own")
-    parser.add_argument("--batch", default="", metavar="N,N", help="batch sizes (sampling, train)")
+    parser.add_argument("--batch", default="", metavar="N,N", help="batch sizes (sampling, train, engine)")
     parser.add_argument("--mode", default="", metavar="MODE,MODE", help="of " + ", ".join(MODES))
     parser.add_argument("--dtype", default="", metavar="DTYPE,DTYPE", help="of " + ", ".join(DTYPES))
+    parser.add_argument(
+        "--precision", default="", metavar="NAME,NAME", help="of weights (engine): " + ", ".join(PRECISIONS)
+    )
+    parser.add_argument("--prompt", default="", metavar="N", help="tokens of a prompt or source (engine)")
+    parser.add_argument("--beams", default="", metavar="N", help="width of a beam search (engine); greedy by default")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; torch's by default")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
-    parser.add_argument("--peer-python", metavar="PATH", help="Python of peers (load)")
+    parser.add_argument("--peer-python", metavar="PATH", help="Python of peers (load, engine)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file, row by row")
     parser.add_argument("--budget", action="store_true", help="what kernels take of a GPU, against budgets.json")
     parser.add_argument("--update", action="store_true", help="with --budget: write what was found there instead")

@@ -63,6 +63,12 @@ def product(device: torch.device, dtype: torch.dtype, side: int) -> float:
     return 2 * side**3 / interleaved({"product": lambda: a @ b}, SECONDS, device)["product"].median
 
 
+def int8_product(side: int) -> float:
+    """Operations a second of a square product of int8 matrices on the CPU, whose sums are int32."""
+    a, b = (torch.randint(-127, 128, (side, side), dtype=torch.int8) for _ in range(2))
+    return 2 * side**3 / interleaved({"product": lambda: torch._int_mm(a, b)}, SECONDS)["product"].median
+
+
 def copy(device: torch.device, size: int) -> float:
     source = torch.rand(size // 4, device=device)
     target = torch.empty_like(source)

@@ -36,7 +36,7 @@ def compared(a: Run, b: Run) -> tuple[list[dict[str, Cell]], int]:
             f"A {a['measure'][0]}": before[key][0],
             f"B {a['measure'][0]}": after[key][0],
             "B/A": after[key][0] / before[key][0],
-            "changed": verdict(before[key], after[key]),
+            "changed": verdict(before[key], after[key], rate=a["measure"][0].endswith("/s")),
         }
         for key in before
         if key in after
@@ -58,11 +58,13 @@ def key_of(run: Run, row: dict[str, Cell]) -> tuple[Cell, ...]:
     return tuple(row[key] for key in run["keys"])
 
 
-def verdict(before: tuple[float, float, float], after: tuple[float, float, float]) -> str:
-    """A change is one that leaves the two spreads without a common value."""
+def verdict(before: tuple[float, float, float], after: tuple[float, float, float], *, rate: bool) -> str:
+    """A change leaves the two spreads without a common value. More of a rate is faster, of a time slower."""
     if after[1] > before[2]:
-        return "slower"
-    return "faster" if after[2] < before[1] else ""
+        return "faster" if rate else "slower"
+    if after[2] < before[1]:
+        return "slower" if rate else "faster"
+    return ""
 
 
 def described(run: Run) -> str:

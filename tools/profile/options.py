@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 MODES = ("forward", "backward", "both")
+PRECISIONS = ("fp32", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Options:
     batches: list[int] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
+    precisions: list[str] = field(default_factory=list)  # of weights
+    prompt: int = 32  # tokens
+    beams: int = 1  # 1 is greedy search
     seconds: float = 0.5  # for each thing timed
     json: Path | None = None
     peer_python: str = sys.executable  # what peers in processes of their own run under
@@ -44,3 +48,11 @@ def numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{option} must be positive integers separated by commas, got {text!r}")
     return [int(part) for part in parts]
+
+
+def number(option: str, text: str) -> int | None:
+    """The one number given, None where none is."""
+    given = numbers(option, text)
+    if len(given) > 1:
+        raise ValueError(f"{option} is one number, got {text!r}")
+    return given[0] if given else None

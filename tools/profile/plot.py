@@ -37,6 +37,9 @@ def draw(operation: str, rows: Rows, ceilings: dict[str, Cell], path: Path) -> N
     """Raises ValueError where no row has a time and a rate, or the file is not called .png."""
     if path.suffix != ".png":
         raise ValueError(f"plots are PNG: call the file {path.stem or 'plot'}.png")
+    if speeds := [row for row in rows if row.get("tokens/s")]:
+        draw_speeds(operation, speeds, path)
+        return
     rows = [row for row in rows if row.get("ms") and "who" in row and "mode" in row]
     if not rows:
         raise ValueError(f"there is nothing to draw: no row of {operation} has a time, a mode and an implementation")
@@ -60,13 +63,29 @@ def draw(operation: str, rows: Rows, ceilings: dict[str, Cell], path: Path) -> N
     pyplot.close(figure)
 
 
-def draw_bars(axis: Any, rows: Rows, rate: str, colors: dict[str, str]) -> None:
-    """A group of bars for each shape, a bar for each implementation."""
-    groups = list(dict.fromkeys(f"{row['shape']} {row['dtype']}" for row in rows))
+def draw_speeds(operation: str, rows: Rows, path: Path) -> None:
+    """Tokens a second: a panel for each precision of weights, a group of bars for each shape and batch."""
+    pyplot = library()
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    groups = {(row["shape"], row["batch"]) for row in rows}
+    size = (max(8.0, 1.5 + 0.9 * len(groups)), 4.0 * len(precisions))
+    figure, axes = pyplot.subplots(len(precisions), 1, figsize=size, squeeze=False, layout="constrained")
+    colors = {who: f"C{i}" for i, who in enumerate(dict.fromkeys(row["who"] for row in rows))}
+    for precision, axis in zip(precisions, axes[:, 0], strict=True):
+        draw_bars(axis, [row for row in rows if row["precision"] == precision], "tokens/s", colors, "batch")
+        axis.set_title(f"{operation}, {precision}")
+    axes[0, 0].legend(ncols=len(colors), fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_bars(axis: Any, rows: Rows, rate: str, colors: dict[str, str], beside: str = "dtype") -> None:
+    """A group of bars for each shape and the column beside it, a bar for each implementation."""
+    groups = list(dict.fromkeys(f"{row['shape']} {row[beside]}" for row in rows))
     width = 0.8 / len(colors)
     for i, (who, color) in enumerate(colors.items()):
         theirs = [row for row in rows if row["who"] == who]
-        places = [groups.index(f"{row['shape']} {row['dtype']}") + i * width - 0.4 for row in theirs]
+        places = [groups.index(f"{row['shape']} {row[beside]}") + i * width - 0.4 for row in theirs]
         axis.bar(places, [row[rate] for row in theirs], width, color=color, label=who, align="edge")
     axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize="x-small")
     axis.set_ylabel(rate)

@@ -1,0 +1,116 @@
+"""Who takes part in ``engine``: a process for each contender and precision, and what they answer in turns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.profile.workers import Worker, WorkerError, python_of, run_once
+
+Rows = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is generated: ``new_tokens`` for each of ``batch`` prompts of ``prompt`` tokens."""
+
+    shape: str
+    prompt: int
+    beams: int
+    batch: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """who: an engine. precision: of its weights. hint: OpenVINO's precision of everything else."""
+
+    who: str
+    precision: str
+    hint: str = "f32"
+
+    @property
+    def label(self) -> str:
+        return self.who if self.hint == "f32" else f"{self.who} {self.hint}"
+
+
+@dataclass
+class Samples:
+    """One contender's rounds: seconds to the first token, seconds from there to the last; the last round's tokens.
+
+    others: the share of the machine's time that other processes took.
+    """
+
+    prompts: Rows
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    tokens: Rows = field(default_factory=list)
+
+    def add(self, answer: dict[str, Any]) -> None:
+        first, whole = answer["seconds"]
+        self.prefill.append(first)
+        self.decode.append(whole - first)
+        self.others.append(answer["others"])
+        self.tokens = answer["tokens"]
+
+
+class Field:
+    """The contenders for one model. One that fails stays in the field, with the sentence it failed with."""
+
+    WORKER, EXPORTER = (Path(__file__).with_name(f"engine_{name}.py") for name in ("worker", "export"))
+
+    def __init__(self, seq2seq: bool, threads: int, beams: int, sequences: int, peer_python: str) -> None:
+        self.settings = {"threads": threads, "seq2seq": seq2seq, "beams": beams, "sequences": sequences}
+        self.peer_python = peer_python
+        self.contenders: list[Contender] = []
+        self.workers: dict[Contender, Worker] = {}
+        self.failed: dict[Contender, str] = {}
+
+    def enter(self, contender: Contender, folder: Path, scratch: Path) -> None:
+        """Exports the model for the contender, where it needs that, and starts its process."""
+        self.contenders.append(contender)
+        try:
+            own = self._exported(contender, folder, scratch)
+            of_its_own = {"folder": str(own), "precision": contender.precision, "hint": contender.hint}
+            python = python_of(contender.who, self.peer_python)
+            self.workers[contender] = Worker(
+                self.WORKER, python, contender.who, json.dumps({**self.settings, **of_its_own})
+            )
+        except WorkerError as error:
+            self.failed[contender] = str(error)
+
+    def _exported(self, contender: Contender, folder: Path, scratch: Path) -> Path:
+        if contender.who in ("tandem", "transformers"):
+            return folder
+        precision = "fp32" if contender.who == "ctranslate2" else contender.precision
+        own = scratch / f"{contender.who}-{precision}"
+        if not own.exists():
+            kind = "seq2seq" if self.settings["seq2seq"] else "causal"
+            run_once(self.EXPORTER, self.peer_python, contender.who, folder, own, precision, kind)
+        return own
+
+    def measure(self, prompts: Rows, new_tokens: int, rounds: int) -> dict[Contender, Samples]:
+        """Rounds in which each generates in turn, after one that is not counted."""
+        samples = {contender: Samples(prompts) for contender in self.workers}
+        for turn in range(rounds + 1):
+            for contender in list(self.workers):
+                answer = self.ask(contender, prompts=prompts, new_tokens=[1, new_tokens])
+                if answer is not None and turn:
+                    samples[contender].add(answer)
+        return {contender: samples[contender] for contender in self.workers}
+
+    def ask(self, contender: Contender, **request: Any) -> dict[str, Any] | None:
+        """The worker's answer; None, and no more of it, where it fails."""
+        try:
+            return self.workers[contender].ask(**request)
+        except WorkerError as error:
+            self.failed[contender] = str(error)
+            del self.workers[contender]
+            return None
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()

@@ -1,0 +1,58 @@
+"""What ``engine`` shows of its samples: a row for each contender."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from tools.profile.engine_field import Case, Contender, Field, Samples
+from tools.profile.engine_limit import Model, Rates
+from tools.profile.engine_tokens import reference_of, same_share
+from tools.profile.machine import Cell
+
+KEYS = ("shape", "precision", "prompt", "beams", "batch", "who")
+MEASURE = ("tokens/s", "low", "high")
+FIGURES = (*MEASURE, "x best peer", "% of limit", "prefill ms", "% same", "% others")
+Seen = dict[Contender, Samples]
+
+
+def rows_of(case: Case, field: Field, seen: Seen, model: Model, rates: Rates) -> list[dict[str, Cell]]:
+    return [row(case, contender, field, seen, model, rates) for contender in field.contenders]
+
+
+def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model, rates: Rates) -> dict[str, Cell]:
+    """Figures are None where the contender has none; the note then says why."""
+    named: dict[str, Cell] = {"shape": case.shape, "precision": contender.precision, "prompt": case.prompt}
+    named |= {"beams": case.beams, "batch": case.batch, "who": contender.label}
+    least, limit = rates.least_seconds(model.weights, contender.precision, case.batch * case.beams)
+    figures: dict[str, Cell] = dict.fromkeys(
+        (*MEASURE, "x best peer", "% of limit", "prefill ms", "% same", "% others")
+    )
+    if contender in seen:
+        samples, reference = seen[contender], reference_of(seen)
+        speed, fastest = tokens_a_second(case, samples), best_peer(case, contender.precision, seen)
+        figures["tokens/s"] = speed
+        figures["low"], figures["high"] = (generated(case) / f(samples.decode) for f in (max, min))
+        figures["x best peer"] = None if fastest is None else speed / fastest
+        figures["% of limit"] = 100 * speed * least / case.batch
+        figures["prefill ms"] = median(samples.prefill) * 1e3
+        figures["% same"] = None if reference is None else 100 * same_share(samples, seen[reference])
+        figures["% others"] = 100 * median(samples.others)
+    return {**named, **figures, "limit": limit, "note": field.failed.get(contender, "")}
+
+
+def generated(case: Case) -> int:
+    """Tokens between the first of each sequence and the last; beams are not counted apart."""
+    return case.batch * (case.new_tokens - 1)
+
+
+def tokens_a_second(case: Case, samples: Samples) -> float:
+    return generated(case) / median(samples.decode)
+
+
+def best_peer(case: Case, precision: str, seen: Seen) -> float | None:
+    """Of those with the same precision of weights; where none has int4, of those with int8."""
+    for wanted in (precision, *(("int8",) if precision == "int4" else ())):
+        peers = [seen[contender] for contender in seen if contender.precision == wanted and contender.who != "tandem"]
+        if peers:
+            return max(tokens_a_second(case, samples) for samples in peers)
+    return None
