@@ -45,37 +45,42 @@ float half_at(const uint8_t* place) {
     return float_of_half(half);
 }
 
-float int4_at(const PackedMatrix& matrix, int64_t output, int64_t k) {
+void unpack_int4(const PackedMatrix& matrix, int64_t output, float* out) {
     const int64_t n = output % kChunk;
-    const Int4Group group = group_of(matrix, output / kChunk, k / matrix.group);
-    const int64_t within = k % matrix.group;
-    const uint8_t byte = group.values[(within / 8 * kChunk + n) * 4 + within % 4];
-    const int value = within % 8 < 4 ? byte & 15 : byte >> 4;
-    const float scale = half_at(group.scales + n * 2);
-    if (matrix.symmetric) return scale * static_cast<float>(value - 8);
-    return scale * static_cast<float>(value) + half_at(group.minimums + n * 2);
+    for (int64_t g = 0; g < matrix.inputs / matrix.group; ++g, out += matrix.group) {
+        const Int4Group group = group_of(matrix, output / kChunk, g);
+        const float scale = half_at(group.scales + n * 2);
+        const float minimum = matrix.symmetric ? -8 * scale : half_at(group.minimums + n * 2);
+        for (int64_t k = 0; k < matrix.group; ++k) {
+            const uint8_t byte = group.values[(k / 8 * kChunk + n) * 4 + k % 4];
+            out[k] = scale * static_cast<float>(k % 8 < 4 ? byte & 15 : byte >> 4) + minimum;
+        }
+    }
 }
 
-float float_at(const PackedMatrix& matrix, int64_t output, int64_t k) {
-    const int64_t place = k * kChunk + output % kChunk;
-    const uint8_t* chunk = matrix.chunk(output / kChunk);
-    if (matrix.storage == Storage::float32) {
-        float number;
-        std::memcpy(&number, chunk + place * 4, sizeof number);
-        return number;
+void unpack_int8(const PackedMatrix& matrix, int64_t output, float* out) {
+    const uint8_t* bytes = matrix.chunk(output / kChunk) + output % kChunk * 4;
+    const float scale = matrix.scales[output];
+    for (int64_t k = 0; k < matrix.inputs; ++k)
+        out[k] = static_cast<float>(bytes[k / 4 * 4 * kChunk + k % 4] - kByteOffset) * scale;
+}
+
+template <class Number, class Widen>
+void unpack_numbers(const PackedMatrix& matrix, int64_t output, Widen widen, float* out) {
+    const uint8_t* bytes =
+        matrix.chunk(output / kChunk) + output % kChunk * static_cast<int64_t>(sizeof(Number));
+    for (int64_t k = 0; k < matrix.inputs; ++k) {
+        Number number;
+        std::memcpy(&number, bytes + k * kChunk * static_cast<int64_t>(sizeof number), sizeof number);
+        out[k] = widen(number);
     }
-    uint16_t bits;
-    std::memcpy(&bits, chunk + place * 2, sizeof bits);
-    if (matrix.storage == Storage::float16) return float_of_half(bits);
+}
+
+float float_of_bfloat(uint16_t bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float number;
     std::memcpy(&number, &wide, sizeof number);
     return number;
-}
-
-float int8_at(const PackedMatrix& matrix, int64_t output, int64_t k) {
-    const uint8_t byte = matrix.chunk(output / kChunk)[(k / 4 * kChunk + output % kChunk) * 4 + k % 4];
-    return static_cast<float>(byte - kByteOffset) * matrix.scales[output];
 }
 
 }  // namespace
@@ -139,16 +144,18 @@ void pack_chunk(const PackedMatrix& shape, const Int4Source& source, const int64
 }
 
 void unpack_row(const PackedMatrix& matrix, int64_t output, float* out) {
-    for (int64_t k = 0; k < matrix.inputs; ++k) switch (matrix.storage) {
-            case Storage::int8:
-                out[k] = int8_at(matrix, output, k);
-                break;
-            case Storage::int4:
-                out[k] = int4_at(matrix, output, k);
-                break;
-            default:
-                out[k] = float_at(matrix, output, k);
-        }
+    switch (matrix.storage) {
+        case Storage::float32:
+            return unpack_numbers<float>(matrix, output, [](float number) { return number; }, out);
+        case Storage::bfloat16:
+            return unpack_numbers<uint16_t>(matrix, output, float_of_bfloat, out);
+        case Storage::float16:
+            return unpack_numbers<uint16_t>(matrix, output, float_of_half, out);
+        case Storage::int8:
+            return unpack_int8(matrix, output, out);
+        case Storage::int4:
+            return unpack_int4(matrix, output, out);
+    }
 }
 
 // Normal numbers by moving exponent and mantissa to their places; subnormal ones are mantissa * 2^-24.
