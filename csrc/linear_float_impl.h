@@ -72,20 +72,27 @@ struct Float16Weights {
 
 constexpr int64_t kFloatStep = 2;  // inputs between two looks at what is to be fetched
 
+// Where loops over the accumulators are not unrolled to the last, GCC 12 keeps them on the stack around the
+// loop.
+//
 // Sums of kRows rows of x with kVecs vectors of weights over `depth` inputs, into sums (kRows, kChunk);
 // kExtend goes on from what is there.
 template <class Weights, int kRows, int kVecs, bool kExtend>
 void float_tile(FloatRows x, const typename Weights::Number* weights, int64_t depth, Prefetcher& ahead,
                 float* sums) {
     Vec totals[kRows][kVecs];
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
         for (int n = 0; n < kVecs; ++n)
             totals[i][n] = kExtend ? load(sums + i * kChunk + n * kWidth) : splat(0.0f);
     const auto add = [&](int64_t k) {
         Vec row[kVecs];
         for (int n = 0; n < kVecs; ++n) row[n] = Weights::load_vec(weights + k * kChunk + n * kWidth);
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
             const Vec number = splat(x.data[i * x.stride + k]);
+#pragma GCC unroll 16
             for (int n = 0; n < kVecs; ++n) totals[i][n] = multiply_add(number, row[n], totals[i][n]);
         }
     };
@@ -95,7 +102,9 @@ void float_tile(FloatRows x, const typename Weights::Number* weights, int64_t de
         for (int64_t i = 0; i < kFloatStep; ++i) add(k + i);
     }
     for (; k < depth; ++k) add(k);
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
         for (int n = 0; n < kVecs; ++n) store(sums + i * kChunk + n * kWidth, totals[i][n]);
 }
 

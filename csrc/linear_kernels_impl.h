@@ -75,7 +75,7 @@ void blocked_chunk(const LinearBatch& batch, const Source& source, int64_t first
 template <class Weights>
 struct FloatBlocks {
     using Number = typename Weights::Number;
-    static constexpr int64_t kInputs = 32;
+    static constexpr int64_t kInputs = 64;
     static int64_t size(const PackedMatrix&) {
         return kInputs * kChunk * static_cast<int64_t>(sizeof(Number));
     }
