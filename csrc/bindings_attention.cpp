@@ -17,16 +17,14 @@ namespace py = pybind11;
 
 namespace {
 
-using tandem::AttentionBatch;
-using tandem::HeadFloats;
-using tandem::TokenRows;
+using namespace tandem;
 using namespace tandem::bindings;
 
 // (batch, tokens, heads, head_dim), or (tokens, heads, head_dim) with a batch stride of 0.
 template <class T>
 TokenRows<T> rows_of(const py::array& array, const char* name, py::ssize_t rank, T* data) {
     constexpr py::ssize_t size = sizeof(float);
-    bool fits = has_type<float>(array) && array.ndim() == rank;
+    bool fits = is<float>(array) && array.ndim() == rank;
     fits = fits && (array.shape(rank - 1) < 2 || array.size() == 0 || array.strides(rank - 1) == size);
     for (py::ssize_t i = 0; fits && i < rank - 1; ++i) fits = array.strides(i) % size == 0;
     if (!fits)
@@ -49,9 +47,9 @@ HeadFloats<T> floats_of(const py::array& array, const char* name, const Attentio
     const bool packed = batch.cu_seqlens_q != nullptr;
     const py::ssize_t rank = packed ? 2 : 3;
     const int64_t queries = packed ? batch.cu_seqlens_q[batch.batch] : batch.seqlen_q;
-    const bool fits = has_type<float>(array) && array.ndim() == rank &&
-                      array.shape(rank - 2) == batch.heads && array.shape(rank - 1) == queries &&
-                      (packed || array.shape(0) == batch.batch) && (array.flags() & py::array::c_style) != 0;
+    const bool fits = is<float>(array) && array.ndim() == rank && array.shape(rank - 2) == batch.heads &&
+                      array.shape(rank - 1) == queries && (packed || array.shape(0) == batch.batch) &&
+                      (array.flags() & py::array::c_style) != 0;
     if (!fits) refuse(name, "contiguous float32, one number a head and query", array);
     return {data, packed ? 0 : batch.heads * queries, queries};
 }
@@ -179,7 +177,7 @@ AttentionBatch paged_batch_of(const py::array& q, const py::array& k_cache, cons
     batch.q = read(q, "q", 3);
     batch.k = read(k_cache, "k_cache", 4);
     batch.v = read(v_cache, "v_cache", 4);
-    if (!has_type<int32_t>(block_table) || block_table.ndim() != 2 ||
+    if (!is<int32_t>(block_table) || block_table.ndim() != 2 ||
         (block_table.shape(1) > 1 && block_table.strides(1) != sizeof(int32_t)))
         refuse("block_table", "int32 (batch, max_blocks) with contiguous rows", block_table);
     batch.batch = block_table.shape(0);

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "attention.h"
+#include "bindings_checks.h"
 
 namespace tandem::bindings {
 
@@ -19,24 +20,9 @@ using Optional = std::optional<py::array>;
 // window, softcap, alibi_slopes, distance_bias, as ScoreOptions has them
 using Scores = std::tuple<int64_t, float, Optional, Optional>;
 
-inline std::string shape_of(const py::array& array) {
-    return py::str(array.attr("shape")).cast<std::string>();
-}
-
-[[noreturn]] inline void refuse(const char* name, const std::string& wanted, const py::array& array) {
-    throw py::value_error(std::string(name) + " must be " + wanted + ", got " +
-                          py::str(array.dtype()).cast<std::string>() + " of shape " + shape_of(array) +
-                          " and strides " + py::str(array.attr("strides")).cast<std::string>() + " in bytes");
-}
-
-template <class T>
-bool has_type(const py::array& array) {
-    return py::isinstance<py::array_t<T>>(array);
-}
-
 inline const int32_t* integers(const Optional& array, const char* name, int64_t length) {
     if (!array) return nullptr;
-    const bool fits = has_type<int32_t>(*array) && array->ndim() == 1 && array->shape(0) == length &&
+    const bool fits = is<int32_t>(*array) && array->ndim() == 1 && array->shape(0) == length &&
                       (length < 2 || array->strides(0) == sizeof(int32_t));
     if (!fits) refuse(name, "contiguous int32 of shape (" + std::to_string(length) + ",)", *array);
     return static_cast<const int32_t*>(array->data());
@@ -69,7 +55,7 @@ inline void check_same_shape(const py::array& array, const char* name, const py:
 inline const float* run_of(const Optional& array, const char* name, int64_t size) {
     if (!array) return nullptr;
     const bool fits =
-        has_type<float>(*array) && array->size() == size && (array->flags() & py::array::c_style) != 0;
+        is<float>(*array) && array->size() == size && (array->flags() & py::array::c_style) != 0;
     if (!fits) refuse(name, "contiguous float32 of " + std::to_string(size) + " numbers", *array);
     return static_cast<const float*>(array->data());
 }
@@ -87,11 +73,6 @@ inline ScoreOptions options_of(const Scores& scores, int64_t heads) {
     options.max_distance = distance_bias->shape(1) / 2;
     options.distance_bias = run_of(distance_bias, "distance_bias", heads * distance_bias->shape(1));
     return options;
-}
-
-inline void check_threads(int num_threads) {
-    if (num_threads < 1)
-        throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
 }
 
 }  // namespace tandem::bindings

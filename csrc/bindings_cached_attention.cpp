@@ -18,11 +18,8 @@ namespace py = pybind11;
 
 namespace {
 
+using namespace tandem;
 using namespace tandem::bindings;
-using tandem::cache_type;
-using tandem::check_format;
-using tandem::Format;
-using tandem::HeadRows;
 
 constexpr py::ssize_t kFloat = sizeof(float);
 
@@ -39,7 +36,7 @@ tandem::CacheLayer<Byte> layer_of(const py::array& array, const Format& format, 
     tandem::CacheLayer<Byte> layer{nullptr, 0, plain.block_size, plain.type, plain.kv_heads, plain.head_dim};
     layer.data = data;
     const int64_t bytes = layer.layer_bytes();
-    const bool fits = has_type<uint8_t>(array) && array.ndim() == 2 && array.shape(1) == bytes &&
+    const bool fits = is<uint8_t>(array) && array.ndim() == 2 && array.shape(1) == bytes &&
                       array.strides(1) == 1 && array.strides(0) >= bytes && array.strides(0) % 64 == 0;
     if (!fits)
         refuse("cache",
@@ -55,7 +52,7 @@ tandem::CacheLayer<Byte> layer_of(const py::array& array, const Format& format, 
 // (tokens, heads, head_dim), the last dimension contiguous.
 template <class T>
 HeadRows<T> rows_of(const py::array& array, const char* name, T* data) {
-    const bool fits = has_type<float>(array) && array.ndim() == 3 &&
+    const bool fits = is<float>(array) && array.ndim() == 3 &&
                       (array.shape(2) < 2 || array.size() == 0 || array.strides(2) == kFloat) &&
                       array.strides(0) % kFloat == 0 && array.strides(1) % kFloat == 0;
     if (!fits) refuse(name, "float32 (tokens, heads, head_dim) with the last dimension contiguous", array);
@@ -77,27 +74,8 @@ void check_shape(const py::array& array, const char* name, int64_t tokens, int64
                           shape_of(array));
 }
 
-// The bytes from an array's first element to its last, whatever lies between them.
-std::pair<uintptr_t, uintptr_t> extent_of(const py::array& array) {
-    const auto begin = reinterpret_cast<uintptr_t>(array.data());
-    if (array.size() == 0) return {begin, begin};
-    py::ssize_t low = 0, high = array.itemsize();
-    for (py::ssize_t i = 0; i < array.ndim(); ++i) {
-        const py::ssize_t reach = (array.shape(i) - 1) * array.strides(i);
-        (reach < 0 ? low : high) += reach;
-    }
-    return {begin + static_cast<uintptr_t>(low), begin + static_cast<uintptr_t>(high)};
-}
-
-void check_apart(const py::array& array, const char* name, const py::array& other, const char* other_name) {
-    const auto [begin, end] = extent_of(array);
-    const auto [other_begin, other_end] = extent_of(other);
-    if (begin < other_end && other_begin < end)
-        throw py::value_error(std::string(name) + " must not overlap " + other_name);
-}
-
 const int64_t* slots_of(const py::array& slots, int64_t tokens, int64_t count) {
-    const bool fits = has_type<int64_t>(slots) && slots.ndim() == 1 && slots.shape(0) == tokens &&
+    const bool fits = is<int64_t>(slots) && slots.ndim() == 1 && slots.shape(0) == tokens &&
                       (tokens < 2 || slots.strides(0) == sizeof(int64_t));
     if (!fits) refuse("slots", "contiguous int64 of shape (" + std::to_string(tokens) + ",)", slots);
     const auto* data = static_cast<const int64_t*>(slots.data());
@@ -110,7 +88,7 @@ const int64_t* slots_of(const py::array& slots, int64_t tokens, int64_t count) {
 
 const float* angles_of(const py::array& array, const char* name, int64_t tokens, int64_t half) {
     const bool fits = array.ndim() == 2 && array.shape(0) == tokens && array.shape(1) == half &&
-                      has_type<float>(array) && (array.flags() & py::array::c_style) != 0;
+                      is<float>(array) && (array.flags() & py::array::c_style) != 0;
     if (!fits)
         refuse(name, "contiguous float32 (" + std::to_string(tokens) + ", " + std::to_string(half) + ")",
                array);
@@ -176,7 +154,7 @@ tandem::CachedBatch batch_of(const py::array& q, const py::array& cache, const F
     if (batch.heads % batch.cache.kv_heads != 0)
         throw py::value_error(std::to_string(batch.cache.kv_heads) + " kv heads do not divide " +
                               std::to_string(batch.heads) + " heads");
-    if (!has_type<int32_t>(block_table) || block_table.ndim() != 2 ||
+    if (!is<int32_t>(block_table) || block_table.ndim() != 2 ||
         (block_table.shape(1) > 1 && block_table.strides(1) != size) || block_table.strides(0) % size != 0)
         refuse("block_table", "int32 (batch, max_blocks) with contiguous rows", block_table);
     batch.batch = block_table.shape(0);

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "bindings.h"
-#include "checks.h"
+#include "bindings_checks.h"
 #include "elementwise.h"
 #include "transpose.h"
 

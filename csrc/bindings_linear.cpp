@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "bindings.h"
-#include "checks.h"
+#include "bindings_checks.h"
 #include "linear.h"
 #include "packed_weight.h"
 
@@ -141,7 +141,7 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
                               std::to_string(matrix.outputs));
     const FloatRows from = rows_of(x, "x", matrix.inputs), to = rows_of(out, "out", width);
     require(out.shape(0) == rows && out.writeable(), "out", "writeable, with x's number of rows", out);
-    refuse_overlap(x, out, "x");
+    check_apart(out, "out", x, "x");
     std::vector<float> padded;
     if (bias) {
         require_run<float>(*bias, "bias", matrix.outputs, "float32");
@@ -159,7 +159,7 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
     if (residual) {
         const FloatRows added = rows_of(*residual, "residual", width);
         require(residual->shape(0) == rows, "residual", "of out's shape", *residual);
-        if (residual->data() != out.data()) refuse_overlap(*residual, out, "residual");
+        if (residual->data() != out.data()) check_apart(out, "out", *residual, "residual");
         epilogue.residual = added.data;
         epilogue.residual_stride = added.stride;
     }

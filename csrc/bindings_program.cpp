@@ -12,8 +12,8 @@
 
 #include "bindings.h"
 #include "bindings_cache.h"
+#include "bindings_checks.h"
 #include "bindings_linear.h"
-#include "checks.h"
 #include "program_ops.h"
 
 namespace py = pybind11;

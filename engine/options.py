@@ -11,6 +11,7 @@ import torch
 from kernels.backend import BACKENDS, choose
 from kernels.cached_attention import PAGE
 from models.config import TransformerConfig
+from models.sources import Quantization
 
 RANGES = {"num_threads": (1, 1024), "seed": (0, 2**63 - 1), "max_num_seqs": (1, 1 << 20)}
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
@@ -24,8 +25,8 @@ class EngineOptions:
     """What ``LLM`` takes besides the model, its tokenizer, device and dtype. A wrong value is a ValueError naming it.
 
     Attributes:
-        backend: auto, native (the C++ core runs the whole model, on a CPU), torch or reference (torch runs it, with its own
-            kernels or by the formulas).
+        backend: auto, native (the C++ core runs the whole model, on a CPU), torch or reference (torch runs it, with its
+            own kernels or by the formulas).
         quantization: None: weights as floats. int8, int4: the linear layers and embeddings in eight or four bits; auto:
             in as many as the file has them in.
         max_num_seqs: most sequences decoded at once.
@@ -39,7 +40,7 @@ class EngineOptions:
     """
 
     backend: str = "auto"
-    quantization: str | None = None
+    quantization: Quantization | None = None
     max_num_seqs: int = 256
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None

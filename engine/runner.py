@@ -25,7 +25,7 @@ class Runner(Protocol):
         ...
 
     def next_token_logits(self, sequences: list[Sequence]) -> Tensor:
-        """Runs what the cache lacks; float32 logits (sequences, vocab) on the CPU, for the token after each sequence."""
+        """Runs what the cache lacks; float32 logits (sequences, vocab) on the CPU, for the token after each of them."""
         ...
 
     def target_logprobs(self, sequences: list[Sequence]) -> Tensor:

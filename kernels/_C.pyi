@@ -111,3 +111,117 @@ def cached_attention(
     num_threads: int,
     /,
 ) -> None: ...
+
+class PackedWeight:
+    storage: str  # "float32", "bfloat16", "float16", "int8" or "int4"
+    outputs: int
+    inputs: int
+    nbytes: int
+    takes_bytes: bool  # whether its layer takes rows rounded to eight bits
+    byte_layout: tuple[int, int]  # of those rows: their width, and how many sums a row has
+    @staticmethod
+    def from_floats(
+        values: NDArray[np.generic], bfloat16: bool, order: NDArray[np.int64] | None, num_threads: int, /
+    ) -> PackedWeight: ...
+    @staticmethod
+    def from_int8(
+        values: NDArray[np.int8], scales: Floats, order: NDArray[np.int64] | None, num_threads: int, /
+    ) -> PackedWeight: ...
+    @staticmethod
+    def from_int4(
+        values: NDArray[np.uint8],
+        scales: NDArray[np.uint16],
+        minimums: NDArray[np.uint16] | None,
+        order: NDArray[np.int64] | None,
+        num_threads: int,
+        /,
+    ) -> PackedWeight: ...
+    def rows(self, ids: NDArray[np.int64], /) -> Floats: ...
+
+def linear(
+    x: Floats,
+    weight: PackedWeight,
+    bias: Floats | None,
+    activation: str,
+    gated: bool,
+    residual: Floats | None,
+    widen: bool,
+    out: Floats,
+    num_threads: int,
+    /,
+) -> None: ...
+
+# Rows are named by the numbers that `floats` and `bytes` give them; -1 is none.
+class Program:
+    nbytes: int  # of its rows
+    def __init__(self) -> None: ...
+    def floats(self, width: int, /) -> int: ...
+    def bytes(self, weight: PackedWeight, /) -> int: ...
+    def embed(self, tokens: PackedWeight, scale: float, positions: Floats | None, offset: int, out: int, /) -> None: ...
+    def rotary(self, frequencies: Floats, factor: float, /) -> None: ...
+    def norm(
+        self,
+        x: int,
+        weight: Floats,
+        bias: Floats | None,
+        eps: float,
+        subtract_mean: bool,
+        out: int,
+        column: int,
+        heads: int,
+        added: int,
+        bytes: int,
+        selected: bool,
+        /,
+    ) -> None: ...
+    def select(self, x: int, out: int, scale: float, /) -> None: ...
+    def quantize(self, x: int, bytes: int, selected: bool, /) -> None: ...
+    def linear(
+        self,
+        weight: PackedWeight,
+        bias: Floats | None,
+        activation: str,
+        gated: bool,
+        x: int,
+        bytes: int,
+        residual: int,
+        out: int,
+        /,
+    ) -> None: ...
+    def head(self, weight: PackedWeight, bias: Floats | None, x: int, bytes: int, softcap: float, /) -> None: ...
+    def deliver(self, x: int, /) -> None: ...
+    def cache(self, format: tuple[str, int, int, int], layers: int, /) -> None: ...
+    def append(self, layer: int, heads: int, x: int, key_column: int, rotated: int, /) -> None: ...
+    def attend(
+        self, layer: int, heads: int, scores: Scores, softmax_scale: float, x: int, out: int, source: bool, /
+    ) -> None: ...
+    def attend_within(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scores: Scores,
+        softmax_scale: float,
+        x: int,
+        out: int,
+        causal: bool,
+        rotated: int,
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        cu_seqlens: Integers,
+        slots: NDArray[np.int64] | None,
+        lengths: Integers | None,
+        blocks: Integers | None,
+        source_lengths: Integers | None,
+        source_blocks: Integers | None,
+        cache: NDArray[np.uint8] | None,
+        selected: NDArray[np.int64],
+        out: Floats,
+        num_threads: int,
+        /,
+    ) -> None: ...
+    def take_seconds(self) -> tuple[float, float, float]: ...  # in linear layers, attention, and everything else

@@ -1,11 +1,13 @@
 """Weights packed for the CPU, and linear layers over them: csrc/linear.h. C++ only, without gradients.
 
 float32, bfloat16 and float16 weights are multiplied as float32. Weights in eight or four bits are multiplied by
-activations that are rounded to eight, a scale a row (LLM.int8's row-wise scheme, arXiv:2208.07339, without its outliers):
-the sums are then of integers, and exact.
+activations that are rounded to eight, with a scale a row (the row-wise scheme of LLM.int8, arXiv:2208.07339, without
+its outliers): the sums are then of integers, and exact.
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from kernels.extension import _C
 from kernels.quantization import QuantizedWeight
 
-PackedWeight = _C.PackedWeight
+PackedWeight: TypeAlias = _C.PackedWeight
 CHUNK = 64  # outputs that lie together
 
 

@@ -1,7 +1,7 @@
 """A model on the C++ core: its weights packed, and its stacks as programs of csrc/program.h.
 
-A program is data made of the model's modules, the same that torch runs: a module of another kind is no reason for another
-program. One call then takes a step from token ids to logits, without Python or torch in between.
+A program is data made of the same modules that torch runs, whatever the family of the model. One call then takes a step
+from token ids to logits, without Python or torch in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.cached_attention import CacheFormat
 from kernels.extension import _C
 from kernels.packed_linear import PackedWeight, gated_order, pack
 from kernels.quantization import QuantizedWeight, quantize
-from models.assembly import NamedWeights, Weight, is_linear, is_vocabulary
+from models.assembly import NamedWeights, is_linear, is_vocabulary
 from models.config import TransformerConfig
 from models.layers import GATES, Attention, Block, FeedForward, LayerNorm, Linear, RMSNorm
 from models.sources import BITS, bits_of
@@ -69,15 +69,16 @@ def _array(weight: Tensor, order: Tensor | None) -> Floats:
 
 
 def live_weights(model: nn.Module, quantization: str | None) -> NamedWeights:
-    """The weights of a model as they are now, quantised if asked, as ``models.checkpoint.open_model`` gives a file's."""
+    """A model's weights as they are now, quantised if asked, as ``models.checkpoint.open_model`` gives a file's."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for parameter, own in names.items():
-        weight: Weight = parameter.detach()
+        weight = parameter.detach()
         if quantization in BITS and is_linear(model, own[0]):
-            weight = quantize(weight, bits_of(quantization, weight.shape[1], any(map(is_vocabulary, own))))
-        yield own, weight
+            yield own, quantize(weight, bits_of(quantization, weight.shape[1], any(map(is_vocabulary, own))))
+        else:
+            yield own, weight
 
 
 @dataclass
@@ -343,6 +344,6 @@ def lower(model: DecoderOnly | EncoderDecoder, weights: Weights, cache_format: C
         hidden = encoder.rows("branch", config.dim)
         encoder.norm(model.encoder.norm, x, hidden)
     for block in model.decoder.blocks:
-        encoder.write_source(block.cross_attention, hidden)  # type: ignore[arg-type, union-attr]
+        encoder.write_source(block.cross_attention, hidden)  # type: ignore[arg-type]
     encoder.program.deliver(hidden)
     return NativeModel(config, cache_format, decoder.program, encoder.program)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Vocabulary
 from tokenizers.processors import TemplateProcessing
 
 from engine import LLM, SamplingParams
-from models import DecoderOnly, EncoderDecoder
+from models import DecoderOnly, EncoderDecoder, load
 from models.tokenizer import Tokenizer, train_vocabulary
 from tests.conftest import TEXTS, tiny_model
 
@@ -154,10 +154,10 @@ def test_log_probabilities_name_the_chosen_and_the_likeliest(llm: LLM) -> None:
 
 
 @torch.no_grad()
-def test_scores_are_the_models_log_probabilities(llm: LLM) -> None:
+def test_scores_are_the_models_log_probabilities(llm: LLM, model_folder: Path) -> None:
     pairs = [("abc", "12"), ("세계", "xy z"), ("q", "0")]
     scores = llm.score([p for p, _ in pairs], [t for _, t in pairs])
-    model, tokenizer = llm.model, llm.tokenizer
+    model, tokenizer = load(model_folder)
     assert tokenizer is not None
     for (prompt, target), score in zip(pairs, scores, strict=True):
         source, ids = tokenizer.encode(prompt), tokenizer.encode_target(target)
@@ -244,7 +244,9 @@ def test_an_empty_prompt_of_a_language_model_is_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"max_num_seqs": 0}, {"max_model_len": 65}, {"kv_cache_memory_bytes": 1}, {"num_threads": 0}, {"device": "tpu"},
-     {"device": "mps"}, {"backend": "cuda"}, {"backend": "triton"}, {"quantization": None},
+     {"device": "mps"}, {"backend": "cuda"}, {"backend": "triton"}, {"quantization": "int3"},
+     {"quantization": "int8"}, {"kv_cache_dtype": "int4"}, {"kv_cache_dtype": "int8"}, {"temperature": 1},
+     {"backend": "native", "block_size": 8},
      {"num_threads": 10**8}, {"seed": [1]}, {"kv_cache_memory_bytes": 10**18}],
 )  # fmt: skip
 def test_an_engine_that_cannot_be_is_a_sentence(options: dict[str, object]) -> None:
