@@ -7,8 +7,6 @@
 namespace tandem {
 namespace {
 
-inline Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) & 0x7fffffffu); }
-
 // A standard normal variable: the chance that it is below x, and its density at x.
 struct Normal {
     Vec below, density;

@@ -76,31 +76,76 @@ inline void store_bytes(int8_t* p, Ints v) {
 #endif
 }
 
-// The largest magnitude of a row, NaN if not all of it is finite.
-inline float magnitude_of(const float* x, int64_t n) {
-    Vec top = splat(0.0f), poison = splat(0.0f);
-    const auto see = [&](Vec v) {
-        top = larger(magnitude(v), top);
-        poison = multiply_add(v, splat(0.0f), poison);
-    };
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) see(load(x + i));
-    if (i < n) see(load_some(x + i, n - i));
-    float most = 0.0f, sum = 0.0f;
-    for (int lane = 0; lane < kWidth; ++lane) {
-        most = most < top[lane] ? top[lane] : most;
-        sum += poison[lane];
+// NaN where not all of a row is finite, else 0.
+inline float poison_of(const float* x, int64_t n) {
+    Vec poison = splat(0.0f);
+    for_vectors(n, [&](int64_t i, int64_t count) {
+        poison = multiply_add(load_part(x + i, count), splat(0.0f), poison);
+    });
+    return total_of(poison);
+}
+
+// The largest magnitude below a limit, 0 where there is none.
+inline float magnitude_below(const float* x, int64_t n, float limit) {
+    Vec top = splat(0.0f);
+    for_vectors(n, [&](int64_t i, int64_t count) {
+        const Vec v = magnitude(load_part(x + i, count));
+        top = larger(top, select(at_least(v, splat(limit)), splat(0.0f), v));
+    });
+    float most = 0.0f;
+    for (int lane = 0; lane < kWidth; ++lane) most = most < top[lane] ? top[lane] : most;
+    return most;
+}
+
+// Where a magnitude is first found, and whether it is again.
+struct Places {
+    int64_t first;
+    bool again;
+};
+
+inline Places places_of(const float* x, int64_t n, float sought) {
+    Places places = {-1, false};
+    for_vectors(n, [&](int64_t i, int64_t count) {
+        if (!any(at_least(magnitude(load_part(x + i, count)), splat(sought)))) return;
+        for (int64_t k = i; k < i + count; ++k) {
+            if (x[k] != sought && x[k] != -sought) continue;
+            places.again = places.first >= 0;
+            if (places.first < 0) places.first = k;
+        }
+    });
+    return places;
+}
+
+// Finds a row's outliers, each of another magnitude; returns the largest magnitude of all other numbers.
+inline float find_outliers(const float* x, int64_t n, Outlier* outliers) {
+    float limit = __builtin_inff(), tied = 0.0f;
+    for (int64_t o = 0; o < kOutliers; ++o) {
+        outliers[o] = {0, 0.0f};
+        const float most = magnitude_below(x, n, limit);
+        if (most == 0.0f) return tied;
+        const Places places = places_of(x, n, most);
+        if (places.again && tied == 0.0f) tied = most;
+        outliers[o] = {static_cast<int32_t>(places.first), x[places.first]};
+        limit = most;
     }
-    return most + sum;
+    const float rest = magnitude_below(x, n, limit);
+    return tied < rest ? rest : tied;
 }
 
 // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
 inline Ints rounded(Vec x) { return reinterpret_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
 
+// An outlier's lane holds the largest integer until its byte is cleared.
+inline Ints to_bytes(Vec v, Vec inverse) {
+    const Vec scaled = v * inverse, most = splat(127.0f);
+    return rounded(-larger(-larger(scaled, -most), -most));
+}
+
 void quantize(const float* x, int64_t width, int64_t group, const ByteRows& out, int64_t row) {
-    const float most = magnitude_of(x, width);
+    Outlier* outliers = out.outliers + row * kOutliers;
+    const float most = find_outliers(x, width, outliers);
     const Vec inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
-    out.scales[row] = most / 127.0f;
+    out.scales[row] = most / 127.0f + poison_of(x, width);
     int8_t* bytes = out.data + row * out.stride;
     int32_t* sums = out.sums + row * out.groups;
     for (int64_t g = 0; g < out.groups; ++g) {
@@ -112,11 +157,17 @@ void quantize(const float* x, int64_t width, int64_t group, const ByteRows& out,
                 v = load(x + i);
             else if (i < width)
                 v = load_some(x + i, width - i);
-            const Ints integers = rounded(v * inverse);
+            const Ints integers = to_bytes(v, inverse);
             store_bytes(bytes + i, integers);
             total += integers;
         }
         sums[g] = sum_of(total);
+    }
+    for (int64_t o = 0; o < kOutliers; ++o) {
+        const int64_t k = outliers[o].input;
+        if (outliers[o].value == 0.0f) continue;
+        sums[out.groups == 1 ? 0 : k / group] -= bytes[k];
+        bytes[k] = 0;
     }
 }
 

@@ -33,22 +33,6 @@ void rotate(const TokenHeads& token) {
     }
 }
 
-// Calls body(i, number of elements) for the vectors of a row, the last one short.
-template <class Body>
-inline void for_vectors(int64_t n, Body body) {
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) body(i, int64_t{kWidth});
-    if (i < n) body(i, n - i);
-}
-
-inline Vec load_part(const float* p, int64_t n) { return n == kWidth ? load(p) : load_some(p, n); }
-
-inline float total_of(Vec v) {
-    float total = 0.0f;
-    for (int i = 0; i < kWidth; ++i) total += v[i];
-    return total;
-}
-
 // The sum of (x - center)^2; elements behind the row's end must not count.
 inline float squares_about(const float* x, int64_t n, float center) {
     Vec sums = splat(0.0f);

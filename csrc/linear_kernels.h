@@ -16,12 +16,22 @@ enum class ActivationKind { none, relu, gelu, gelu_new, silu };
 // kDepthUnit, and their number to a multiple of kRowUnit by rows of anything.
 constexpr int64_t kRowUnit = 32;
 
+// A row's few largest numbers are not rounded but multiplied as floats, or they would leave few bits to the
+// others: what LLM.int8 (arXiv:2208.07339) does for columns, a row at a time.
+constexpr int64_t kOutliers = 4;
+
+struct Outlier {
+    int32_t input;
+    float value;  // 0: none
+};
+
 struct ByteRows {
     int8_t* data;
     int64_t stride;
-    float* scales;   // (rows,)
-    int32_t* sums;   // (rows, groups): of the integers of each group of inputs
-    int64_t groups;  // 1 where weights have one scale an output
+    float* scales;      // (rows,)
+    int32_t* sums;      // (rows, groups): of the integers of each group of inputs
+    int64_t groups;     // 1 where weights have one scale an output
+    Outlier* outliers;  // (rows, kOutliers), whose bytes are 0
 };
 
 struct FloatRows {

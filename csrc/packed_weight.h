@@ -43,10 +43,16 @@ class QuantizedRows {
           groups_(byte_groups(weight)),
           bytes_(round_up(rows, kRowUnit) * stride_ + kByteSlack),
           scales_(static_cast<size_t>(rows)),
-          sums_(static_cast<size_t>(rows * groups_)) {}
+          sums_(static_cast<size_t>(rows * groups_)),
+          outliers_(static_cast<size_t>(rows * kOutliers)) {}
 
     ByteRows view() {
-        return {reinterpret_cast<int8_t*>(bytes_.data()), stride_, scales_.data(), sums_.data(), groups_};
+        return {reinterpret_cast<int8_t*>(bytes_.data()),
+                stride_,
+                scales_.data(),
+                sums_.data(),
+                groups_,
+                outliers_.data()};
     }
 
   private:
@@ -54,6 +60,7 @@ class QuantizedRows {
     AlignedBytes bytes_;
     std::vector<float> scales_;
     std::vector<int32_t> sums_;
+    std::vector<Outlier> outliers_;
 };
 
 }  // namespace tandem

@@ -18,7 +18,7 @@ int Activations::add_floats(int64_t width) {
 }
 
 int Activations::add_bytes(int64_t stride, int64_t groups) {
-    bytes_.push_back({stride, groups, nullptr, {}, {}});
+    bytes_.push_back({stride, groups, nullptr, {}, {}, {}});
     return static_cast<int>(bytes_.size()) - 1;
 }
 
@@ -35,6 +35,7 @@ void Activations::reserve(int64_t rows) {
         buffer.memory = std::make_unique<AlignedBytes>(rows_ * buffer.stride + kByteSlack);
         buffer.scales.resize(static_cast<size_t>(rows_));
         buffer.sums.resize(static_cast<size_t>(rows_ * buffer.groups));
+        buffer.outliers.resize(static_cast<size_t>(rows_ * kOutliers));
     }
 }
 
@@ -47,9 +48,12 @@ int64_t Activations::nbytes() const {
 
 ByteRows Activations::bytes(int id) const {
     const Bytes& buffer = bytes_[static_cast<size_t>(id)];
-    return {reinterpret_cast<int8_t*>(buffer.memory->data()), buffer.stride,
-            const_cast<float*>(buffer.scales.data()), const_cast<int32_t*>(buffer.sums.data()),
-            buffer.groups};
+    return {reinterpret_cast<int8_t*>(buffer.memory->data()),
+            buffer.stride,
+            const_cast<float*>(buffer.scales.data()),
+            const_cast<int32_t*>(buffer.sums.data()),
+            buffer.groups,
+            const_cast<Outlier*>(buffer.outliers.data())};
 }
 
 void Program::run(const Step& step, int num_threads) {

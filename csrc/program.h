@@ -72,6 +72,7 @@ class Activations {
         std::unique_ptr<AlignedBytes> memory;
         std::vector<float> scales;
         std::vector<int32_t> sums;
+        std::vector<Outlier> outliers;
     };
     int64_t rows_ = 0;
     std::vector<Floats> floats_;

@@ -28,6 +28,24 @@ inline void store_some(float* p, Vec v, int64_t n) {
     __builtin_memcpy(p, &v, static_cast<unsigned long>(n) * sizeof(float));
 }
 
+// Calls body(i, number of elements) for the vectors of a row, the last one short.
+template <class Body>
+inline void for_vectors(int64_t n, Body body) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) body(i, int64_t{kWidth});
+    if (i < n) body(i, n - i);
+}
+
+inline Vec load_part(const float* p, int64_t n) { return n == kWidth ? load(p) : load_some(p, n); }
+
+inline float total_of(Vec v) {
+    float total = 0.0f;
+    for (int i = 0; i < kWidth; ++i) total += v[i];
+    return total;
+}
+
+inline Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) & 0x7fffffffu); }
+
 inline Vec select(Mask mask, Vec chosen, Vec otherwise) {
 #if defined(__AVX512F__)
     return _mm512_mask_mov_ps(otherwise, mask, chosen);
