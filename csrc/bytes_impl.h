@@ -97,12 +97,21 @@ inline float magnitude_of(const float* x, int64_t n) {
 // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
 inline Ints rounded(Vec x) { return reinterpret_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
 
+// Rows below it have no scale in float32's normal numbers; they are nothing beside any other.
+constexpr float kLeastMagnitude = 0x1p-119f;
+
 void quantize(const float* x, int64_t width, int64_t group, const ByteRows& out, int64_t row) {
     const float most = magnitude_of(x, width);
-    const Vec inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
-    out.scales[row] = most / 127.0f;
     int8_t* bytes = out.data + row * out.stride;
     int32_t* sums = out.sums + row * out.groups;
+    if (!(most >= kLeastMagnitude)) {  // zeros, which a scale of NaN makes NaN of
+        __builtin_memset(bytes, 0, static_cast<unsigned long>(out.stride));
+        __builtin_memset(sums, 0, static_cast<unsigned long>(out.groups) * sizeof(int32_t));
+        out.scales[row] = most < kLeastMagnitude ? 0.0f : most;
+        return;
+    }
+    const Vec inverse = splat(127.0f / most);
+    out.scales[row] = most / 127.0f;
     for (int64_t g = 0; g < out.groups; ++g) {
         const int64_t end = out.groups == 1 ? out.stride : (g + 1) * group;
         Ints total{};
