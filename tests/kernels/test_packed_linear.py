@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -259,9 +260,10 @@ def digests() -> dict[str, str]:
 
 
 CHECK_PATH = """
+import json
 from tests.kernels import test_packed_linear as tests
 from tests.kernels.packed_weights import KINDS
-print(tests.digests())
+print(json.dumps(tests.digests()))
 for kind in KINDS:
     tests.test_products_are_those_of_float64_whatever_the_shape(kind, 768)
     tests.test_rows_of_zeros_and_of_tiny_and_huge_numbers(kind)
@@ -279,7 +281,7 @@ tests.test_the_widest_rows_are_summed_exactly()
 @pytest.mark.parametrize("path", CPU_PATHS)
 def test_each_cpu_path(path: str, run_on_path: RunOnPath) -> None:
     """The paths agree bit for bit in eight bits, and in four where products and sums are fused."""
-    theirs = eval(run_on_path(CHECK_PATH, path))
+    theirs = json.loads(run_on_path(CHECK_PATH, path))
     fused = "generic" not in (path, _C.cpu_path)
     ours = digests()
     assert theirs.keys() == ours.keys()
