@@ -24,7 +24,7 @@ PACKAGES = [
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt; ``TANDEM_SANITIZE=1`` asks for the sanitizer build."""
+    """Configures and builds CMakeLists.txt; ``TANDEM_SANITIZE=address`` or ``thread`` asks for that sanitizer."""
 
     def build_extension(self, ext: Extension) -> None:
         cmake = shutil.which("cmake")
@@ -35,8 +35,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         ninja = shutil.which("ninja")
         # CMake remembers its generator and Python, so each combination has a folder of its own.
-        kind = "sanitize" if os.environ.get("TANDEM_SANITIZE") == "1" else "release"
-        build = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}"
+        sanitizer = os.environ.get("TANDEM_SANITIZE", "")
+        build = ROOT / "build" / f"{sanitizer or 'release'}-{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}"
         configure = [
             cmake,
             f"-S{ROOT}",
@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTANDEM_OUTPUT_DIRECTORY={target.parent}",
-            f"-DTANDEM_SANITIZE={'ON' if kind == 'sanitize' else 'OFF'}",
+            f"-DTANDEM_SANITIZE={sanitizer}",
         ]
         # Named each time: the one remembered may have been in a build environment of pip, since gone.
         if ninja:

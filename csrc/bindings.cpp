@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_checks.h"
 #include "cpu_features.h"
 #include "philox.h"
 #include "row_kernels.h"
@@ -25,8 +26,8 @@ using tandem::SamplingRequests;
 // A 1-D contiguous array of exactly this type and length; its memory must outlive the pointer.
 template <class T>
 const T* column(const py::array& array, const char* name, int64_t length) {
-    const bool fits = array.dtype().equal(py::dtype::of<T>()) && array.ndim() == 1 &&
-                      array.shape(0) == length &&
+    const bool fits = array.dtype().equal(py::dtype::of<T>()) && tandem::is_aligned(array) &&
+                      array.ndim() == 1 && array.shape(0) == length &&
                       (length < 2 || array.strides(0) == static_cast<py::ssize_t>(sizeof(T)));
     if (fits) return static_cast<const T*>(array.data());
     throw py::value_error(std::string(name) + " must be a contiguous " +
@@ -86,7 +87,7 @@ class SamplingBatch {
 
 tandem::Logits logits_of(const py::array& array, int64_t rows) {
     const auto float_size = static_cast<py::ssize_t>(sizeof(float));
-    if (!array.dtype().equal(py::dtype::of<float>()) || array.ndim() != 2 || array.shape(1) < 1 ||
+    if (!tandem::is<float>(array) || array.ndim() != 2 || array.shape(1) < 1 ||
         (array.size() > 1 && array.shape(1) > 1 && array.strides(1) != float_size) ||
         array.strides(0) % float_size != 0)
         throw py::value_error("logits must be float32 of shape (rows, vocab) with contiguous rows, got " +
@@ -109,8 +110,7 @@ py::list messages_of(const std::vector<tandem::RowError>& errors) {
 }
 
 py::tuple sample(const py::array& array, const SamplingBatch& batch, int num_threads) {
-    if (num_threads < 1)
-        throw py::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
+    tandem::check_threads(num_threads);
     const tandem::Logits logits = logits_of(array, batch.requests().rows);
     py::array_t<int64_t> token_ids(logits.rows);
     py::array_t<float> logprobs(logits.rows);

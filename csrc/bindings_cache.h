@@ -15,6 +15,9 @@ namespace tandem {
 
 using bindings::Scores;
 
+// Far beyond any model's; the sizes of a cache, counted in bytes, fit sixty-four bits below them.
+constexpr int64_t kMostHeads = 1 << 16, kMostTokens = 1 << 20;
+
 // dtype, kv_heads, head_dim, block_size
 using Format = std::tuple<std::string, int64_t, int64_t, int64_t>;
 
@@ -27,14 +30,15 @@ inline CacheType cache_type(const std::string& name) {
 
 inline void check_format(const Format& format) {
     const auto& [type, kv_heads, head_dim, block_size] = format;
-    if (kv_heads < 1)
-        throw pybind11::value_error("kv_heads must be at least 1, got " + std::to_string(kv_heads));
+    if (kv_heads < 1 || kv_heads > kMostHeads)
+        throw pybind11::value_error("kv_heads must be between 1 and " + std::to_string(kMostHeads) +
+                                    ", got " + std::to_string(kv_heads));
     if (head_dim < 1 || head_dim > kMaxHeadDim)
         throw pybind11::value_error("head_dim must be between 1 and " + std::to_string(kMaxHeadDim) +
                                     ", got " + std::to_string(head_dim));
-    if (block_size < 1 || block_size % kPage != 0)
-        throw pybind11::value_error("block_size must be a multiple of " + std::to_string(kPage) + ", got " +
-                                    std::to_string(block_size));
+    if (block_size < 1 || block_size > kMostTokens || block_size % kPage != 0)
+        throw pybind11::value_error("block_size must be a multiple of " + std::to_string(kPage) + " up to " +
+                                    std::to_string(kMostTokens) + ", got " + std::to_string(block_size));
 }
 
 // A layer of a checked format, of no memory yet.

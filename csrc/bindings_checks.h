@@ -13,11 +13,17 @@ inline std::string shape_of(const pybind11::array& array) {
     return pybind11::str(array.attr("shape")).cast<std::string>();
 }
 
+// Whether each element lies on a boundary of its type, as a cut through a buffer of bytes may not.
+inline bool is_aligned(const pybind11::array& array) {
+    return (array.flags() & pybind11::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
+}
+
 [[noreturn]] inline void refuse(const char* name, const std::string& wanted, const pybind11::array& array) {
     throw pybind11::value_error(std::string(name) + " must be " + wanted + ", got " +
                                 pybind11::str(array.dtype()).cast<std::string>() + " of shape " +
                                 shape_of(array) + " and strides " +
-                                pybind11::str(array.attr("strides")).cast<std::string>() + " in bytes");
+                                pybind11::str(array.attr("strides")).cast<std::string>() + " in bytes" +
+                                (is_aligned(array) ? "" : ", off the boundaries of its type"));
 }
 
 inline void require(bool fits, const char* name, const std::string& wanted, const pybind11::array& array) {
@@ -26,7 +32,7 @@ inline void require(bool fits, const char* name, const std::string& wanted, cons
 
 template <class T>
 bool is(const pybind11::array& array) {
-    return pybind11::isinstance<pybind11::array_t<T>>(array);
+    return pybind11::isinstance<pybind11::array_t<T>>(array) && is_aligned(array);
 }
 
 template <class T>
@@ -36,9 +42,13 @@ void require_run(const pybind11::array& array, const char* name, pybind11::ssize
             "contiguous " + kind + " of " + std::to_string(size) + " elements", array);
 }
 
+// More threads than a machine has may be more than it can start, which OpenMP does not survive.
+constexpr int kMostThreads = 1024;
+
 inline void check_threads(int num_threads) {
-    if (num_threads < 1)
-        throw pybind11::value_error("num_threads must be at least 1, got " + std::to_string(num_threads));
+    if (num_threads < 1 || num_threads > kMostThreads)
+        throw pybind11::value_error("num_threads must be between 1 and " + std::to_string(kMostThreads) +
+                                    ", got " + std::to_string(num_threads));
 }
 
 // The bytes from an array's first element to its last, whatever lies between them.

@@ -50,7 +50,8 @@ std::shared_ptr<PackedWeight> pack(PackedMatrix shape, const Source& source,
 
 void require_matrix(const py::array& array, const char* name, bool is_wanted, const std::string& kind) {
     const bool fits = is_wanted && array.ndim() == 2 && array.shape(1) > 0 &&
-                      array.strides(1) == array.itemsize() && array.strides(0) % array.itemsize() == 0;
+                      (array.shape(1) == 1 || array.strides(1) == array.itemsize()) &&
+                      array.strides(0) % array.itemsize() == 0;
     require(fits, name, "a matrix of " + kind + " with contiguous rows that are not empty", array);
 }
 
@@ -159,7 +160,9 @@ void linear_op(const py::array& x, const PackedWeight& weight, const Optional& b
     if (residual) {
         const FloatRows added = rows_of(*residual, "residual", width);
         require(residual->shape(0) == rows, "residual", "of out's shape", *residual);
-        if (residual->data() != out.data()) check_apart(out, "out", *residual, "residual");
+        const bool in_place =
+            residual->data() == out.data() && (rows < 2 || residual->strides(0) == out.strides(0));
+        if (!in_place) check_apart(out, "out", *residual, "residual");
         epilogue.residual = added.data;
         epilogue.residual_stride = added.stride;
     }

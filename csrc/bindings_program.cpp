@@ -41,12 +41,14 @@ std::vector<float> bias_of(const Optional& array, const PackedMatrix& matrix) {
 class Builder {
   public:
     int floats(int64_t width) {
-        check_at_least("width", width, 1);
+        check_unfinished();
+        check_range("width", width, 1, kMostNumbers);
         return program_.activations.add_floats(width);
     }
 
     // Rows that `weight` takes in eight bits.
     int bytes(const PackedWeight& weight) {
+        check_unfinished();
         const PackedMatrix& matrix = weight.matrix();
         if (matrix.storage < Storage::int8) throw py::value_error("weights of floats take rows of floats");
         const std::pair<int64_t, int64_t> layout = {byte_stride(matrix), byte_groups(matrix)};
@@ -55,13 +57,17 @@ class Builder {
     }
 
     void embed(Weight tokens, float scale, const Optional& positions, int64_t offset, int out) {
+        check_unfinished();
         auto op = std::make_unique<Embed>();
-        check_width("out", out, tokens->matrix().inputs);
+        const PackedMatrix& matrix = matrix_of(tokens);
+        if (num_tokens_ != 0) throw py::value_error("a program embeds its tokens once");
+        check_width("out", out, matrix.inputs);
         const py::ssize_t size = positions ? positions->size() : 0;
         op->positions = numbers_of(positions, "positions", size);
-        num_positions_ = positions ? size / tokens->matrix().inputs - offset : -1;
+        if (positions) check_range("offset", offset, 0, size / matrix.inputs);
+        num_positions_ = positions ? size / matrix.inputs - offset : -1;
+        num_tokens_ = matrix.outputs;
         op->tokens = std::move(tokens);
-        num_tokens_ = op->tokens->matrix().outputs;
         op->scale = scale;
         op->offset = offset;
         op->out = out;
@@ -69,6 +75,7 @@ class Builder {
     }
 
     void rotary(const py::array& frequencies, float factor) {
+        check_unfinished();
         auto op = std::make_unique<RotaryAngles>();
         op->frequencies = numbers_of(frequencies, "frequencies", frequencies.size());
         op->factor = factor;
@@ -78,13 +85,18 @@ class Builder {
 
     void norm(int x, const py::array& weight, const Optional& bias, float eps, bool subtract_mean, int out,
               int64_t column, int64_t heads, int added, int bytes, bool selected) {
+        check_unfinished();
         auto op = std::make_unique<Norm>();
         const py::ssize_t width = weight.size();
-        check_at_least("heads", heads, 1);
-        check_at_least("column", column, 0);
+        check_range("heads", heads, 1, kMostHeads);
+        check_range("column", column, 0, kMostNumbers);
         for (int id : {x, out})
             if (width == 0 || column + heads * width > program_.activations.width(check_floats("x", id)))
                 throw py::value_error("a norm's weight is too wide for its rows");
+        if ((bytes != kNone || added != kNone) && (column != 0 || heads != 1))
+            throw py::value_error("only the norm of a whole row is rounded, or added to another");
+        if (selected && (x == out || added != kNone))
+            throw py::value_error("a norm of selected rows goes to other rows, and adds none");
         if (bytes != kNone) check_bytes(bytes, width, 0);
         if (added != kNone) check_width("added", added, width);
         op->weight = numbers_of(weight, "weight", width);
@@ -103,6 +115,7 @@ class Builder {
     }
 
     void select(int x, int out, float scale) {
+        check_unfinished();
         auto op = std::make_unique<Select>();
         check_width("out", out, program_.activations.width(check_floats("x", x)));
         if (x == out) throw py::value_error("out must be other rows than x");
@@ -113,6 +126,7 @@ class Builder {
     }
 
     void quantize(int x, int bytes, bool selected) {
+        check_unfinished();
         auto op = std::make_unique<Quantize>();
         const int64_t width = program_.activations.width(check_floats("x", x));
         check_bytes(bytes, width, 0);
@@ -125,9 +139,11 @@ class Builder {
 
     void linear(Weight weight, const Optional& bias, const std::string& activation, bool gated, int x,
                 int bytes, int residual, int out) {
+        check_unfinished();
         auto op = std::make_unique<LinearLayer>();
-        const PackedMatrix& matrix = weight->matrix();
+        const PackedMatrix& matrix = matrix_of(weight);
         check_inputs(matrix, x, bytes);
+        if (x == out) throw py::value_error("out must be other rows than x");
         if (gated && matrix.outputs % kChunk != 0)
             throw py::value_error("a gated layer needs a multiple of 64 outputs");
         const int64_t width = gated ? matrix.outputs / 2 : matrix.outputs;
@@ -148,10 +164,12 @@ class Builder {
     }
 
     void head(Weight weight, const Optional& bias, int x, int bytes, float softcap) {
+        check_unfinished();
         auto op = std::make_unique<Head>();
-        check_inputs(weight->matrix(), x, bytes);
-        op->bias = bias_of(bias, weight->matrix());
-        out_width_ = weight->matrix().outputs;
+        const PackedMatrix& matrix = matrix_of(weight);
+        check_inputs(matrix, x, bytes);
+        op->bias = bias_of(bias, matrix);
+        deliver_rows_of(matrix.outputs);
         op->weight = std::move(weight);
         reads_next(op->weight->matrix());
         last_linear_ = nullptr;
@@ -162,22 +180,26 @@ class Builder {
     }
 
     void deliver(int x) {
+        check_unfinished();
         auto op = std::make_unique<Deliver>();
-        out_width_ = program_.activations.width(check_floats("x", x));
+        deliver_rows_of(program_.activations.width(check_floats("x", x)));
         op->x = x;
         program_.add(std::move(op));
     }
 
     // Of the attention layers that follow.
     void cache(const Format& format, int64_t layers) {
+        check_unfinished();
         check_format(format);
-        check_at_least("layers", layers, 1);
+        check_range("layers", layers, 1, kMostHeads);
+        if (layers_ != 0) throw py::value_error("a program has one cache");
         layer_.cache = layer_format(format);
         layer_.cache.block_bytes = layers * layer_.cache.layer_bytes();
         layers_ = layers;
     }
 
     void append(int64_t layer, int64_t heads, int x, int64_t key_column, int64_t rotated) {
+        check_unfinished();
         auto op = std::make_unique<Append>();
         op->layer = layer_of(layer, heads);
         const CacheLayer<std::byte>& cache = op->layer.cache;
@@ -194,6 +216,7 @@ class Builder {
 
     void attend(int64_t layer, int64_t heads, const Scores& scores, float softmax_scale, int x, int out,
                 bool source) {
+        check_unfinished();
         auto op = std::make_unique<Attend>();
         op->layer = layer_of(layer, heads);
         set_scores(op->layer, scores, softmax_scale);
@@ -207,6 +230,7 @@ class Builder {
 
     void attend_within(int64_t heads, int64_t kv_heads, int64_t head_dim, const Scores& scores,
                        float softmax_scale, int x, int out, bool causal, int64_t rotated) {
+        check_unfinished();
         auto op = std::make_unique<AttendWithin>();
         check_format({"float32", kv_heads, head_dim, kPage});
         op->layer.cache.kv_heads = kv_heads;
@@ -228,6 +252,7 @@ class Builder {
              const Optional& source_lengths, const Optional& source_blocks, std::optional<py::array>& cache,
              const py::array& selected, py::array& out, int num_threads) {
         check_threads(num_threads);
+        finished_ = true;
         Step step{};
         step.tokens = token_ids.size();
         step.token_ids = ids_of(token_ids, "token_ids", step.tokens, num_tokens_);
@@ -256,6 +281,14 @@ class Builder {
                 out);
         step.out = static_cast<float*>(out.mutable_data());
         step.out_stride = out_width_;
+        const Optional inputs[] = {token_ids, positions,      cu_seqlens,    slots,   lengths,
+                                   blocks,    source_lengths, source_blocks, selected};
+        for (const Optional& input : inputs) {
+            if (!input) continue;
+            check_apart(out, "out", *input, "what is read");
+            if (cache) check_apart(*cache, "cache", *input, "what is read");
+        }
+        if (cache) check_apart(out, "out", *cache, "cache");
         const py::gil_scoped_release release;
         program_.run(step, num_threads);
     }
@@ -264,10 +297,28 @@ class Builder {
     int64_t nbytes() const { return program_.activations.nbytes(); }
 
   private:
-    static void check_at_least(const char* name, int64_t value, int64_t least) {
-        if (value < least)
-            throw py::value_error(std::string(name) + " must be at least " + std::to_string(least) +
-                                  ", got " + std::to_string(value));
+    // Beyond any model's rows; so many rows of them, counted in bytes, fit sixty-four bits.
+    static constexpr int64_t kMostNumbers = int64_t{1} << 31;
+
+    static void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+        if (value < least || value > most)
+            throw py::value_error(std::string(name) + " must be between " + std::to_string(least) + " and " +
+                                  std::to_string(most) + ", got " + std::to_string(value));
+    }
+
+    // Memory is laid out at the first run, and another thread may be running the operations there are.
+    void check_unfinished() const {
+        if (finished_) throw py::value_error("a program that has run takes no more operations");
+    }
+
+    static const PackedMatrix& matrix_of(const Weight& weight) {
+        if (!weight) throw py::value_error("the operation needs a packed weight, not None");
+        return weight->matrix();
+    }
+
+    void deliver_rows_of(int64_t width) {
+        if (out_width_ != 0) throw py::value_error("a program has one head, or delivers rows once");
+        out_width_ = width;
     }
 
     void reads_next(const PackedMatrix& matrix) {
@@ -316,7 +367,7 @@ class Builder {
     }
 
     static void check_heads(int64_t heads, int64_t kv_heads) {
-        if (heads < 1 || heads % kv_heads != 0)
+        if (heads < 1 || heads > kMostHeads || heads % kv_heads != 0)
             throw py::value_error(std::to_string(kv_heads) + " kv heads do not divide " +
                                   std::to_string(heads) + " heads");
     }
@@ -420,7 +471,7 @@ class Builder {
     LinearLayer* last_linear_ = nullptr;
     AttentionLayer layer_{};
     int64_t layers_ = 0, rotated_ = 0, num_tokens_ = 0, num_positions_ = -1, out_width_ = 0;
-    bool writes_cache_ = false, reads_own_ = false, reads_source_ = false;
+    bool writes_cache_ = false, reads_own_ = false, reads_source_ = false, finished_ = false;
     std::vector<std::pair<int64_t, int64_t>> bytes_;  // stride and groups
 };
 

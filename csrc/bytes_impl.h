@@ -135,6 +135,9 @@ inline float find_outliers(const float* x, int64_t n, Outlier* outliers) {
 // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
 inline Ints rounded(Vec x) { return reinterpret_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
 
+// Rows below it have no scale in float32's normal numbers; they are nothing beside any other.
+constexpr float kLeastMagnitude = 0x1p-119f;
+
 // An outlier's lane holds the largest integer until its byte is cleared.
 inline Ints to_bytes(Vec v, Vec inverse) {
     const Vec scaled = v * inverse, most = splat(127.0f);
@@ -143,11 +146,17 @@ inline Ints to_bytes(Vec v, Vec inverse) {
 
 void quantize(const float* x, int64_t width, int64_t group, const ByteRows& out, int64_t row) {
     Outlier* outliers = out.outliers + row * kOutliers;
-    const float most = find_outliers(x, width, outliers);
-    const Vec inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
-    out.scales[row] = most / 127.0f + poison_of(x, width);
+    const float most = find_outliers(x, width, outliers), poison = poison_of(x, width);
     int8_t* bytes = out.data + row * out.stride;
     int32_t* sums = out.sums + row * out.groups;
+    if (!(most + poison >= kLeastMagnitude)) {  // zeros, which a scale of NaN makes NaN of
+        __builtin_memset(bytes, 0, static_cast<unsigned long>(out.stride));
+        __builtin_memset(sums, 0, static_cast<unsigned long>(out.groups) * sizeof(int32_t));
+        out.scales[row] = poison;
+        return;
+    }
+    const Vec inverse = splat(127.0f / most);
+    out.scales[row] = most / 127.0f;
     for (int64_t g = 0; g < out.groups; ++g) {
         const int64_t end = out.groups == 1 ? out.stride : (g + 1) * group;
         Ints total{};

@@ -92,9 +92,11 @@ const char* name_of(Storage storage) {
 
 AlignedBytes::AlignedBytes(int64_t size) : size_(size) {
     const int64_t unit = size >= 2 * kLargePage ? kLargePage : 64;
-    void* memory = std::aligned_alloc(static_cast<size_t>(unit),
-                                      static_cast<size_t>(round_up(std::max<int64_t>(size, 1), 64)));
-    if (memory == nullptr) throw std::bad_alloc();
+    // Not aligned_alloc, which takes whole multiples of the unit alone.
+    void* memory = nullptr;
+    if (posix_memalign(&memory, static_cast<size_t>(unit),
+                       static_cast<size_t>(round_up(std::max<int64_t>(size, 1), 64))) != 0)
+        throw std::bad_alloc();
     if (unit == kLargePage) madvise(memory, static_cast<size_t>(size), MADV_HUGEPAGE);
     data_.reset(static_cast<uint8_t*>(memory));
 }

@@ -3,13 +3,18 @@
 // runtime.
 #include "parallel.h"
 
-#include <omp.h>
 #include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <memory>
 
+#if defined(TANDEM_STANDARD_THREADS)
+#include <thread>
+#include <vector>
+#else
+#include <omp.h>
+#endif
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -36,6 +41,26 @@ bool may_fork_out() {
     return !forked;
 }
 
+// Makes a team of the threads there are, num_threads at most, and has each call member(team).
+#if defined(TANDEM_STANDARD_THREADS)
+void fork_out(int num_threads, const std::function<void(Team&)>& member, std::unique_ptr<Team>& team) {
+    team = std::make_unique<Team>(num_threads);
+    std::vector<std::thread> others;
+    for (int i = 1; i < num_threads; ++i) others.emplace_back([&] { member(*team); });
+    member(*team);
+    for (std::thread& other : others) other.join();
+}
+#else
+void fork_out(int num_threads, const std::function<void(Team&)>& member, std::unique_ptr<Team>& team) {
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp single
+        team = std::make_unique<Team>(omp_get_num_threads());
+        member(*team);
+    }
+}
+#endif
+
 }  // namespace
 
 void Team::keep_error() {
@@ -61,12 +86,7 @@ void Team::wait() {
 void run_team(int num_threads, const std::function<void(Team&)>& member) {
     std::unique_ptr<Team> team;
     if (num_threads > 1 && may_fork_out()) {
-#pragma omp parallel num_threads(num_threads)
-        {
-#pragma omp single
-            team = std::make_unique<Team>(omp_get_num_threads());
-            member(*team);
-        }
+        fork_out(num_threads, member, team);
     } else {
         team = std::make_unique<Team>(1);
         member(*team);

@@ -58,6 +58,7 @@ ByteRows Activations::bytes(int id) const {
 
 void Program::run(const Step& step, int num_threads) {
     if (step.tokens == 0) return;
+    const std::lock_guard<std::mutex> turn(mutex_);
     activations.reserve(std::max(step.tokens, step.num_selected));
     const auto start = Clock::now();
     std::atomic<bool> timed{false};
@@ -75,6 +76,7 @@ void Program::run(const Step& step, int num_threads) {
 }
 
 std::array<double, 3> Program::take_seconds() {
+    const std::lock_guard<std::mutex> turn(mutex_);
     const std::array<double, 3> seconds = seconds_;
     seconds_ = {};
     return seconds;

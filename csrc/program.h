@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cached_attention.h"
@@ -93,12 +94,14 @@ class Program {
   public:
     Activations activations;
     void add(std::unique_ptr<const Op> op) { ops_.push_back(std::move(op)); }
+    // Calls from several threads take turns: the rows are the program's own.
     void run(const Step& step, int num_threads);
 
     // Seconds spent in each kind of operation since the last call.
     std::array<double, 3> take_seconds();
 
   private:
+    std::mutex mutex_;
     std::vector<std::unique_ptr<const Op>> ops_;
     std::array<double, 3> seconds_{};
 };

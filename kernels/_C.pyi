@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 max_head_dim: int  # of attention
 cache_page: int  # tokens
-cpu_path: str  # "generic", "avx2" or "avx512"
+cpu_path: str  # of csrc/cpu_features.h, as TANDEM_CPU names it
 
 class SamplingBatch:
     def __init__(self, fields: dict[str, NDArray[np.generic]]) -> None: ...

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.extension import _C
 from kernels.quantization import QuantizedWeight
 
 PackedWeight: TypeAlias = _C.PackedWeight
+Floats = NDArray[np.float32]
 CHUNK = 64  # outputs that lie together
 
 
@@ -71,9 +74,15 @@ def packed_linear(
 
     A row's result has the same bits whatever rows are beside it. Raises ValueError for what does not fit together.
     """
-    out = torch.empty(len(x), weight.outputs // 2 if gated else weight.outputs)
+    out = torch.empty(*x.shape[:1], weight.outputs // 2 if gated else weight.outputs)
     _C.linear(
-        x.detach().numpy(), weight, None if bias is None else bias.detach().numpy(), activation, gated,
-        None if residual is None else residual.detach().numpy(), widen, out.numpy(), torch.get_num_threads(),
+        _array("x", x), weight, None if bias is None else _array("bias", bias), activation, gated,
+        None if residual is None else _array("residual", residual), widen, out.numpy(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _array(name: str, x: Tensor) -> Floats:
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"{name} must be float32 on the CPU, got {x.dtype} on {x.device}")
+    return x.detach().numpy()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RunOnPath = Callable[[str, str], None]
+RunOnPath = Callable[[str, str], str]
+CPU_PATHS = ("generic", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx")
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,9 +30,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_on_path() -> RunOnPath:
-    """Runs a script in a process whose kernels use one CPU path, or skips where this CPU lacks it."""
+    """Runs a script in a process whose kernels use one CPU path: what it prints. Skips where this CPU lacks it."""
 
-    def run(script: str, path: str) -> None:
+    def run(script: str, path: str) -> str:
         result = subprocess.run(
             [sys.executable, "-c", f"import torch\nimport kernels._C as _C\nassert _C.cpu_path == {path!r}\n{script}"],
             env={**os.environ, "TANDEM_CPU": path},
@@ -42,5 +43,6 @@ def run_on_path() -> RunOnPath:
         if "this CPU does not have it" in result.stderr:
             pytest.skip(f"this CPU has no {path}")
         assert result.returncode == 0, result.stderr
+        return result.stdout
 
     return run
