@@ -43,9 +43,9 @@ lint: env
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 
-# The kernels' tests with the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The kernels' tests with the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.
 sanitize: env
-	PATH=$(abspath $(VENV))/bin:$$PATH tests/run_sanitized.sh $(abspath $(RUN))
+	PATH=$(abspath $(VENV))/bin:$$PATH tests/run_sanitized.sh $(abspath $(RUN)) address thread
 
 # On a machine with a GPU; needs no network, pip index or git. Each stage stands alone and stays under 8 minutes.
 gpu: gpu-build gpu-test gpu-bench gpu-train

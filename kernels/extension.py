@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch  # noqa: F401
 
 try:
@@ -10,3 +12,6 @@ except ModuleNotFoundError as error:
     raise ImportError("kernels._C is not built: run `make env` in the repository") from error
 
 __all__ = ["_C"]
+
+# Once, as the module is loaded at its first use.
+logging.getLogger(__name__).info("the C++ core uses %s", _C.cpu_path)

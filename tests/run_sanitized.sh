@@ -1,21 +1,49 @@
 #!/usr/bin/env bash
-# The compiled kernels' tests with the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer: run_sanitized.sh [PYTHON]
+# The compiled kernels' tests with the C++ core under sanitizers: run_sanitized.sh [PYTHON [address|thread]...]
 #
-# The core is built into a copy of the packages the tests import, so the normal build is not touched.
+# address: AddressSanitizer and UndefinedBehaviorSanitizer, and all tests but Triton's. thread: ThreadSanitizer, and the
+# tests of several threads. The core is built into a copy of the packages the tests import, so the normal build is not
+# touched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+repository=$PWD
 python=${1:-python3}
-copy=$PWD/build/sanitize/root
 
-rm -rf "$copy"
-mkdir -p "$copy"
-cp -r kernels models tests pyproject.toml "$copy"
-rm -f "$copy"/kernels/_C.*.so
-TANDEM_SANITIZE=1 "$python" setup.py -q build_ext --build-temp build/sanitize/temp --build-lib "$copy"
-
-# The interpreter is not sanitized, so the runtimes go in ahead of it. Python's own leaks are not ours to report.
 runtime() { "${CXX:-c++}" -print-file-name="$1"; }
-cd "$copy"
-LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" \
-    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$copy" \
-    "$python" -m pytest -p no:cacheprovider tests/kernels
+
+# copy_with SANITIZER: prints the folder of the copy.
+copy_with() {
+    local copy=$repository/build/sanitize/$1
+    rm -rf "$copy"
+    mkdir -p "$copy"
+    cp -r kernels models engine tests pyproject.toml "$copy"
+    rm -f "$copy"/kernels/_C.*.so
+    TANDEM_SANITIZE=$1 "$python" setup.py -q build_ext --build-temp build/sanitize/temp --build-lib "$copy" >&2
+    echo "$copy"
+}
+
+# run_in FOLDER PRELOADED TEST...: the interpreter is not sanitized, so the runtimes go in ahead of it.
+run_in() {
+    cd "$1"
+    LD_PRELOAD=$2 PYTHONPATH=$1 "$python" -m pytest -p no:cacheprovider "${@:3}"
+}
+
+# Python's own leaks are not ours to report.
+check_address() {
+    export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+    run_in "$(copy_with address)" "$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" \
+        tests/kernels --ignore tests/kernels/test_triton_attention.py
+}
+
+# Races are told at the end, by the exit code. To it the threads of torch's own loops would look like some.
+check_thread() {
+    local copy
+    copy=$(copy_with thread)
+    export OMP_NUM_THREADS=1 TSAN_OPTIONS="suppressions=$copy/tests/thread_sanitizer.supp log_path=$copy/races"
+    run_in "$copy" "$(runtime libtsan.so) $(runtime libstdc++.so)" \
+        tests/kernels/test_threads.py tests/kernels/test_program.py tests/kernels/test_cached_attention.py \
+        tests/kernels/test_sampling.py -k "thread and not cpu_path" || { cat "$copy"/races.*; return 1; }
+}
+
+sanitizers=("${@:2}")
+for sanitizer in "${sanitizers[@]:-address}"; do ("check_$sanitizer"); done
