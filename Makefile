@@ -1,4 +1,4 @@
-# make demo | test | test-slow | bench | lint | sanitize | env | gpu; variables: PYTHON, TORCH_INDEX_URL, RESULTS, WHEELS
+# make demo | test | test-slow | bench | lint | sanitize | sanitize-quick | env | gpu; variables: PYTHON, TORCH_INDEX_URL, RESULTS, WHEELS
 PYTHON ?= python3
 RESULTS ?= docs/gpu
 VENV := .venv
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 , := ,
 .DELETE_ON_ERROR:
-.PHONY: env demo test test-slow bench lint sanitize gpu gpu-build gpu-test gpu-bench gpu-train
+.PHONY: env demo test test-slow bench lint sanitize sanitize-quick gpu gpu-build gpu-test gpu-bench gpu-train
 
 env: $(STAMP)
 
@@ -46,6 +46,10 @@ lint: env
 # The kernels' tests with the C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.
 sanitize: env
 	PATH=$(abspath $(VENV))/bin:$$PATH tests/run_sanitized.sh $(abspath $(RUN)) address thread
+
+# What of it is cheap enough for every change: mostly the two builds.
+sanitize-quick: env
+	PATH=$(abspath $(VENV))/bin:$$PATH tests/run_sanitized.sh $(abspath $(RUN)) native thread
 
 # On a machine with a GPU; needs no network, pip index or git. Each stage stands alone and stays under 8 minutes.
 gpu: gpu-build gpu-test gpu-bench gpu-train

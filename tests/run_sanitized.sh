@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The compiled kernels' tests with the C++ core under sanitizers: run_sanitized.sh [PYTHON [address|thread]...]
+# The compiled kernels' tests with the C++ core under sanitizers: run_sanitized.sh [PYTHON [address|native|thread]...]
 #
-# address: AddressSanitizer and UndefinedBehaviorSanitizer, and all tests but Triton's. thread: ThreadSanitizer, and the
-# tests of several threads. The core is built into a copy of the packages the tests import, so the normal build is not
-# touched.
+# address: AddressSanitizer and UndefinedBehaviorSanitizer, and all tests but Triton's. native: those sanitizers, and the
+# tests of what runs a whole model, in a minute. thread: ThreadSanitizer, and the tests of several threads. The core is
+# built into a copy of the packages the tests import, so the normal build is not touched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repository=$PWD
@@ -29,10 +29,17 @@ run_in() {
 }
 
 # Python's own leaks are not ours to report.
-check_address() {
+watch_memory() {
+    local copy
+    copy=$(copy_with address)
     export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-    run_in "$(copy_with address)" "$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" \
-        tests/kernels --ignore tests/kernels/test_triton_attention.py
+    run_in "$copy" "$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" "$@"
+}
+
+check_address() { watch_memory tests/kernels --ignore tests/kernels/test_triton_attention.py; }
+
+check_native() {
+    watch_memory tests/kernels/test_{cached_attention,native_fuzz,packed_linear,program,threads}.py -k "not cpu_path"
 }
 
 # Races are told at the end, by the exit code. To it the threads of torch's own loops would look like some.
@@ -41,8 +48,8 @@ check_thread() {
     copy=$(copy_with thread)
     export OMP_NUM_THREADS=1 TSAN_OPTIONS="suppressions=$copy/tests/thread_sanitizer.supp log_path=$copy/races"
     run_in "$copy" "$(runtime libtsan.so) $(runtime libstdc++.so)" \
-        tests/kernels/test_threads.py tests/kernels/test_program.py tests/kernels/test_cached_attention.py \
-        tests/kernels/test_sampling.py -k "thread and not cpu_path" || { cat "$copy"/races.*; return 1; }
+        tests/kernels/test_{cached_attention,program,sampling,threads}.py -k "thread and not cpu_path" ||
+        { cat "$copy"/races.*; return 1; }
 }
 
 sanitizers=("${@:2}")
