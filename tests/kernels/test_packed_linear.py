@@ -68,7 +68,8 @@ def test_what_rounding_costs_stays_within_half_a_step(kind: Kind) -> None:
     packed, stored = kind.pack(weight)
     lost = x.abs().double() @ (stored - weight).abs().T
     if kind.rounds:
-        lost += x.abs().amax(1, keepdim=True).double() / 254 * stored.abs().sum(1)
+        rest = x - rounded(x)[2]
+        lost += rest.abs().amax(1, keepdim=True).double() / 254 * stored.abs().sum(1)
     if kind.bits == 8:
         half_steps = weight.abs().amax(1).double() / 254
         assert ((stored - weight).abs() <= half_steps[:, None] * 1.0001).all()
@@ -202,6 +203,21 @@ def test_what_is_not_finite_stays_in_its_row(kind: Kind, value: float) -> None:
         activated = linear(x, packed, activation=activation, widen=kind.widen)
         assert activated[good].isfinite().all()
         assert activated[bad].isnan().all() or not (kind.rounds or value != value)
+
+
+@EACH_KIND
+@pytest.mark.parametrize("largest", [3.0, 1e4, 1e30])
+def test_numbers_far_larger_than_the_rest_cost_the_rest_nothing(kind: Kind, largest: float) -> None:
+    """One to four of them, and then those that occur twice, of which the second is rounded."""
+    packed, stored = kind.pack(numbers(65, 64))
+    x = numbers(20, 64).clamp(-2, 2)
+    x[:, [5, 63]] = torch.tensor([largest, -1.5 * largest])
+    x[7:, 31], x[9:, 0] = largest * 1.25, -largest * 1.125
+    x[13:, 1:3] = largest * 1.0625
+    assert_near(linear(x, packed, widen=kind.widen), *product(kind, x, stored))
+    if kind.rounds:
+        rest = rounded(x)[0].abs().amax(1) * rounded(x)[1][:, 0]
+        assert (rest[:13] <= 2.001).all() and (rest[13:] >= largest).all()
 
 
 @EACH_KIND
