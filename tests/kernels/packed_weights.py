@@ -86,7 +86,7 @@ OUTLIERS, OUTLIER_RATIO = 4, np.float32(1.5)
 
 
 def outliers_of(rows: np.ndarray) -> np.ndarray:
-    """The first number of each of a row's four largest magnitudes where the largest is half again the fifth, else zeros."""
+    """The first number of each of a row's four largest magnitudes if it has outliers, else zeros."""
     out = np.zeros_like(rows)
     for row, kept in zip(rows, out, strict=True):
         magnitudes = [*np.unique(np.abs(row))[::-1], *[0] * OUTLIERS]
