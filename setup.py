@@ -36,7 +36,9 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         # CMake remembers its generator and Python, so each combination has a folder of its own.
         sanitizer = os.environ.get("TANDEM_SANITIZE", "")
-        build = ROOT / "build" / f"{sanitizer or 'release'}-{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}"
+        build = (
+            ROOT / "build" / f"{sanitizer or 'release'}-{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}"
+        )
         configure = [
             cmake,
             f"-S{ROOT}",

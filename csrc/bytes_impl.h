@@ -118,18 +118,18 @@ inline Places places_of(const float* x, int64_t n, float sought) {
 
 // Finds a row's outliers, each of another magnitude; returns the largest magnitude of all other numbers.
 inline float find_outliers(const float* x, int64_t n, Outlier* outliers) {
-    float limit = __builtin_inff(), tied = 0.0f;
-    for (int64_t o = 0; o < kOutliers; ++o) {
-        outliers[o] = {0, 0.0f};
-        const float most = magnitude_below(x, n, limit);
-        if (most == 0.0f) return tied;
-        const Places places = places_of(x, n, most);
-        if (places.again && tied == 0.0f) tied = most;
+    float magnitudes[kOutliers + 1], limit = __builtin_inff();
+    for (float& most : magnitudes) limit = most = limit == 0.0f ? 0.0f : magnitude_below(x, n, limit);
+    for (int64_t o = 0; o < kOutliers; ++o) outliers[o] = {0, 0.0f};
+    if (magnitudes[0] < kOutlierRatio * magnitudes[kOutliers]) return magnitudes[0];
+    float rest = magnitudes[kOutliers];
+    for (int64_t o = kOutliers - 1; o >= 0; --o) {
+        if (magnitudes[o] == 0.0f) continue;
+        const Places places = places_of(x, n, magnitudes[o]);
         outliers[o] = {static_cast<int32_t>(places.first), x[places.first]};
-        limit = most;
+        if (places.again) rest = magnitudes[o];
     }
-    const float rest = magnitude_below(x, n, limit);
-    return tied < rest ? rest : tied;
+    return rest;
 }
 
 // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.

@@ -132,33 +132,37 @@ inline void widen_group(const PackedMatrix& w, const uint8_t* begin, float* wide
     }
 }
 
-// What each of a vector of outputs weighs an input.
-inline Vec int8_column(const PackedMatrix& w, int64_t chunk, int64_t k, int64_t n) {
-    const auto four = reinterpret_cast<Bits>(load_ints(w.chunk(chunk) + (k / 4 * kChunk + n) * 4));
-    const Bits byte = four >> static_cast<uint32_t>(8 * (k % 4)) & 255u;
-    return to_floats(reinterpret_cast<Ints>(byte) - kByteOffset) * load(w.scales + chunk * kChunk + n);
-}
-
-inline Vec int4_column(const PackedMatrix& w, int64_t chunk, int64_t k, int64_t n) {
-    const uint8_t* begin = w.chunk(chunk) + k / w.group * w.group_bytes();
-    const int64_t within = k % w.group;
-    const auto both = reinterpret_cast<Bits>(load_ints(begin + (within / 8 * kChunk + n) * 4));
-    const Bits value = both >> static_cast<uint32_t>(8 * (within % 4) + within % 8 / 4 * 4) & 15u;
-    const uint8_t* scales = begin + kChunk * w.group / 2;
-    const Vec scale = load_half_vec(scales + n * 2);
-    const Vec minimum = w.symmetric ? scale * -8.0f : load_half_vec(scales + (kChunk + n) * 2);
-    return multiply_add(to_floats(reinterpret_cast<Ints>(value)), scale, minimum);
-}
-
 // Adds a row's outliers times their weights to its sums (kChunk,).
-template <class Column>
-inline void add_outliers(const PackedMatrix& w, const Outlier* outliers, int64_t chunk, Column column,
-                         float* sums) {
+inline void add_int8_outliers(const PackedMatrix& w, const Outlier* outliers, int64_t chunk, float* sums) {
+    if (outliers[0].value == 0.0f) return;
+    for (int64_t n = 0; n < kChunk; n += kWidth) {
+        Vec products = splat(0.0f);
+        for (int64_t o = 0; o < kOutliers; ++o) {
+            const int64_t k = outliers[o].input;
+            const auto four = reinterpret_cast<Bits>(load_ints(w.chunk(chunk) + (k / 4 * kChunk + n) * 4));
+            const Bits byte = four >> static_cast<uint32_t>(8 * (k % 4)) & 255u;
+            products = multiply_add(splat(outliers[o].value),
+                                    to_floats(reinterpret_cast<Ints>(byte) - kByteOffset), products);
+        }
+        store(sums + n, multiply_add(products, load(w.scales + chunk * kChunk + n), load(sums + n)));
+    }
+}
+
+inline void add_int4_outliers(const PackedMatrix& w, const Outlier* outliers, int64_t chunk, float* sums) {
+    if (outliers[0].value == 0.0f) return;
     for (int64_t o = 0; o < kOutliers; ++o) {
-        if (outliers[o].value == 0.0f) continue;
-        for (int64_t n = 0; n < kChunk; n += kWidth)
-            store(sums + n, multiply_add(splat(outliers[o].value), column(w, chunk, outliers[o].input, n),
+        const int64_t within = outliers[o].input % w.group;
+        const uint8_t* begin = w.chunk(chunk) + outliers[o].input / w.group * w.group_bytes();
+        const uint8_t* scales = begin + kChunk * w.group / 2;
+        const auto shift = static_cast<uint32_t>(8 * (within % 4) + within % 8 / 4 * 4);
+        for (int64_t n = 0; n < kChunk; n += kWidth) {
+            const auto both = reinterpret_cast<Bits>(load_ints(begin + (within / 8 * kChunk + n) * 4));
+            const Vec value = to_floats(reinterpret_cast<Ints>(both >> shift & 15u)),
+                      scale = load_half_vec(scales + n * 2);
+            const Vec minimum = w.symmetric ? scale * -8.0f : load_half_vec(scales + (kChunk + n) * 2);
+            store(sums + n, multiply_add(splat(outliers[o].value), multiply_add(value, scale, minimum),
                                          load(sums + n)));
+        }
     }
 }
 

@@ -16,13 +16,15 @@ enum class ActivationKind { none, relu, gelu, gelu_new, silu };
 // kDepthUnit, and their number to a multiple of kRowUnit by rows of anything.
 constexpr int64_t kRowUnit = 32;
 
-// A row's few largest numbers are not rounded but multiplied as floats, or they would leave few bits to the
-// others: what LLM.int8 (arXiv:2208.07339) does for columns, a row at a time.
+// Where a row's largest number is so many times the one behind its few largest, those are not rounded but
+// multiplied as floats, or they would leave few bits to the others: what LLM.int8 (arXiv:2208.07339) does for
+// columns, a row at a time.
 constexpr int64_t kOutliers = 4;
+constexpr float kOutlierRatio = 1.5f;
 
 struct Outlier {
     int32_t input;
-    float value;  // 0: none
+    float value;  // 0: none; the first is the largest
 };
 
 struct ByteRows {

@@ -111,12 +111,11 @@ void float_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int6
     blocked_chunk(batch, FloatBlocks<Weights>{}, first_row, rows, chunk, upcoming);
 }
 
-template <class Column>
-void finish_integers(const LinearBatch& batch, Column column, float* sums, int64_t row, int64_t rows,
-                     int64_t chunk) {
+template <class AddOutliers>
+void finish_integers(const LinearBatch& batch, AddOutliers add_outliers, float* sums, int64_t row,
+                     int64_t rows, int64_t chunk) {
     for (int64_t i = 0; i < rows; ++i)
-        add_outliers(*batch.weight, batch.bytes.outliers + (row + i) * kOutliers, chunk, column,
-                     sums + i * kChunk);
+        add_outliers(*batch.weight, batch.bytes.outliers + (row + i) * kOutliers, chunk, sums + i * kChunk);
     finish_rows(batch, sums, row, rows, chunk);
 }
 
@@ -130,7 +129,7 @@ void int8_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64
                              alignas(64) float sums[kRowUnit * kChunk];
                              Prefetcher ahead(upcoming, tile, tiles, tile_steps(w, size));
                              int8_tiles(w, batch.bytes, row, size, chunk, ahead, sums);
-                             finish_integers(batch, int8_column, sums, row, size, chunk);
+                             finish_integers(batch, add_int8_outliers, sums, row, size, chunk);
                          });
         return;
     }
@@ -160,7 +159,7 @@ void int8_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64
                           default:
                               int8_rows<kByteRowsAtOnce>(w, batch.bytes, row, chunk, ahead, sums);
                       }
-                      finish_integers(batch, int8_column, sums, row, size, chunk);
+                      finish_integers(batch, add_int8_outliers, sums, row, size, chunk);
                   });
 }
 
@@ -174,7 +173,7 @@ void int4_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64
                              alignas(64) float sums[kRowUnit * kChunk];
                              Prefetcher ahead(upcoming, tile, tiles, tile_steps(w, size));
                              int4_tiles(w, batch.bytes, row, size, chunk, ahead, sums);
-                             finish_integers(batch, int4_column, sums, row, size, chunk);
+                             finish_integers(batch, add_int4_outliers, sums, row, size, chunk);
                          });
         return;
     }
@@ -188,7 +187,7 @@ void int4_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64
             int4_rows<2>(w, batch.bytes, row, chunk, ahead, sums);
         else
             int4_rows<kNibbleRows>(w, batch.bytes, row, chunk, ahead, sums);
-        finish_integers(batch, int4_column, sums, row, size, chunk);
+        finish_integers(batch, add_int4_outliers, sums, row, size, chunk);
     });
 }
 

@@ -82,14 +82,17 @@ def exact(weight: Tensor | QuantizedWeight) -> Tensor:
     return (values * scales + minimums).flatten(1)
 
 
-OUTLIERS = 4
+OUTLIERS, OUTLIER_RATIO = 4, np.float32(1.5)
 
 
 def outliers_of(rows: np.ndarray) -> np.ndarray:
-    """The first number of each of a row's four largest magnitudes, zeros elsewhere."""
+    """The first number of each of a row's four largest magnitudes if it has outliers, else zeros."""
     out = np.zeros_like(rows)
     for row, kept in zip(rows, out, strict=True):
-        for magnitude in np.unique(np.abs(row))[::-1][:OUTLIERS]:
+        magnitudes = [*np.unique(np.abs(row))[::-1], *[0] * OUTLIERS]
+        if magnitudes[0] < OUTLIER_RATIO * magnitudes[OUTLIERS]:
+            continue
+        for magnitude in (m for m in magnitudes[:OUTLIERS] if m > 0):
             first = np.flatnonzero(np.abs(row) == magnitude)[0]
             kept[first] = row[first]
     return out

@@ -15,7 +15,7 @@ from tests.tools.profiling import options
 from tools.profile import checkpoints, compare, engine, plot, workers
 from tools.profile.__main__ import command
 from tools.profile.checkpoints import Shape, make_checkpoint
-from tools.profile.engine_field import Case, Contender, Field, Samples
+from tools.profile.engine_field import Case, Contender, Field, Sample, Samples
 from tools.profile.engine_limit import Model, Rates
 from tools.profile.engine_rows import best_peer, rows_of
 from tools.profile.engine_tokens import TRUSTED, failures_of
@@ -32,7 +32,7 @@ OURS = Contender("tandem", "fp32")
 
 
 def samples(*decode: float, tokens: int = 0) -> Samples:
-    return Samples([[100] * 5] * 2, [0.25] * len(decode), list(decode), [0.5], [[tokens] * 8] * 2)
+    return Samples([[100] * 5] * 2, [Sample(0.25, seconds, 0.5, [[tokens] * 8] * 2) for seconds in decode])
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,24 @@ def test_a_row_holds_the_median_against_the_best_peer_and_the_limit(tmp_path: Pa
     assert (ours["x best peer"], theirs["x best peer"]) == (2, 1)
     assert (ours["limit"], ours["% of limit"]) == ("read", pytest.approx(100 * 28 * 0.02 / 2))
     assert (ours["prefill ms"], ours["% same"], theirs["% same"], ours["% others"]) == (250, 0, 100, 50)
+
+
+def test_the_quietest_rounds_count_whatever_their_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    field = Field(seq2seq=False, threads=1, beams=1, sequences=2, peer_python="")
+    asked: list[Contender] = []
+
+    def ask(contender: Contender, **request: Any) -> dict[str, Any]:
+        asked.append(contender)
+        return {"seconds": [1, 1 + len(asked)], "others": 0.0 if len(asked) in (4, 6) else 0.5, "tokens": [[0]]}
+
+    monkeypatch.setattr(field, "ask", ask)
+    monkeypatch.setattr(field, "workers", {OURS: None})
+    seen = field.measure([[1]], 2, rounds=2)
+    assert len(asked) == 6
+    assert (seen[OURS].decode, seen[OURS].others) == ((5, 4, 6), 0)
+    asked.extend([OURS] * 10)
+    noisy = field.measure([[1]], 2, rounds=2)
+    assert (len(asked), noisy[OURS].others) == (16 + 7, 0.5)
 
 
 def test_our_int4_is_held_against_int8_where_nobody_has_int4() -> None:

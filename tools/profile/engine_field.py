@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tools.profile.workers import Worker, WorkerError, python_of, run_once
 
+QUIET = 0.05  # of the machine's time may go to others
 Rows = list[list[int]]
 
 
@@ -36,25 +38,54 @@ class Contender:
         return self.who if self.hint == "f32" else f"{self.who} {self.hint}"
 
 
-@dataclass
-class Samples:
-    """One contender's rounds: seconds to the first token, seconds from there to the last; the last round's tokens.
+@dataclass(frozen=True)
+class Sample:
+    """Seconds to the first token, seconds from there to the last; the tokens.
 
-    others: the share of the machine's time that other processes took.
+    others: the share of the machine's time that other processes took meanwhile.
     """
 
+    prefill: float
+    decode: float
+    others: float
+    tokens: Rows
+
+
+@dataclass
+class Samples:
+    """One contender's, of the same prompts."""
+
     prompts: Rows
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
-    tokens: Rows = field(default_factory=list)
+    taken: list[Sample] = field(default_factory=list)
 
     def add(self, answer: dict[str, Any]) -> None:
         first, whole = answer["seconds"]
-        self.prefill.append(first)
-        self.decode.append(whole - first)
-        self.others.append(answer["others"])
-        self.tokens = answer["tokens"]
+        self.taken.append(Sample(first, whole - first, answer["others"], answer["tokens"]))
+
+    def quiet(self) -> int:
+        return sum(sample.others <= QUIET for sample in self.taken)
+
+    def quietest(self, count: int) -> Samples:
+        return Samples(self.prompts, sorted(self.taken, key=lambda sample: sample.others)[:count])
+
+    @property
+    def prefill(self) -> float:
+        """The median, in seconds."""
+        return median(sample.prefill for sample in self.taken)
+
+    @property
+    def decode(self) -> tuple[float, float, float]:
+        """Median, least and most, in seconds."""
+        seconds = [sample.decode for sample in self.taken]
+        return median(seconds), min(seconds), max(seconds)
+
+    @property
+    def others(self) -> float:
+        return median(sample.others for sample in self.taken)
+
+    @property
+    def tokens(self) -> Rows:
+        return self.taken[0].tokens
 
 
 class Field:
@@ -93,14 +124,19 @@ class Field:
         return own
 
     def measure(self, prompts: Rows, new_tokens: int, rounds: int) -> dict[Contender, Samples]:
-        """Rounds in which each generates in turn, after one that is not counted."""
+        """Each one's quietest so many rounds, of rounds in which all generate in turn, the first aside.
+
+        More are made, three times as many at most, until everybody has had enough that others left alone.
+        """
         samples = {contender: Samples(prompts) for contender in self.workers}
-        for turn in range(rounds + 1):
+        for turn in range(3 * rounds + 1):
+            if all(samples[contender].quiet() >= rounds for contender in self.workers):
+                break
             for contender in list(self.workers):
                 answer = self.ask(contender, prompts=prompts, new_tokens=[1, new_tokens])
                 if answer is not None and turn:
                     samples[contender].add(answer)
-        return {contender: samples[contender] for contender in self.workers}
+        return {contender: samples[contender].quietest(rounds) for contender in self.workers}
 
     def ask(self, contender: Contender, **request: Any) -> dict[str, Any] | None:
         """The worker's answer; None, and no more of it, where it fails."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 from tools.profile.engine_field import Case, Contender, Field, Samples
 from tools.profile.engine_limit import Model, Rates
 from tools.profile.engine_tokens import reference_of, same_share
@@ -31,12 +29,12 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
         samples, reference = seen[contender], reference_of(seen)
         speed, fastest = tokens_a_second(case, samples), best_peer(case, contender.precision, seen)
         figures["tokens/s"] = speed
-        figures["low"], figures["high"] = (generated(case) / f(samples.decode) for f in (max, min))
+        figures["low"], figures["high"] = (generated(case) / seconds for seconds in samples.decode[:0:-1])
         figures["x best peer"] = None if fastest is None else speed / fastest
         figures["% of limit"] = 100 * speed * least / case.batch
-        figures["prefill ms"] = median(samples.prefill) * 1e3
+        figures["prefill ms"] = samples.prefill * 1e3
         figures["% same"] = None if reference is None else 100 * same_share(samples, seen[reference])
-        figures["% others"] = 100 * median(samples.others)
+        figures["% others"] = 100 * samples.others
     return {**named, **figures, "limit": limit, "note": field.failed.get(contender, "")}
 
 
@@ -46,7 +44,7 @@ def generated(case: Case) -> int:
 
 
 def tokens_a_second(case: Case, samples: Samples) -> float:
-    return generated(case) / median(samples.decode)
+    return generated(case) / samples.decode[0]
 
 
 def best_peer(case: Case, precision: str, seen: Seen) -> float | None:
