@@ -118,3 +118,10 @@ def test_triton_for_a_process_that_cannot_run_it_is_one_sentence(process_choice:
     process_choice.setattr(backend, "TRITON_DEVICE", None)
     with pytest.raises(ValueError, match="needs a GPU"):
         backend.check_process_choice()
+
+
+def test_the_path_of_the_cpu_is_logged_once() -> None:
+    script = "import logging; logging.basicConfig(level='INFO'); import kernels.extension; import kernels.linear"
+    env = {**os.environ, "TANDEM_CPU": "generic"}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert result.stderr.count("INFO:kernels.extension:the C++ core uses generic") == 1
