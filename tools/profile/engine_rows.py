@@ -22,9 +22,7 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
     named: dict[str, Cell] = {"shape": case.shape, "precision": contender.precision, "prompt": case.prompt}
     named |= {"beams": case.beams, "batch": case.batch, "who": contender.label}
     least, limit = rates.least_seconds(model.weights, contender.precision, case.batch * case.beams)
-    figures: dict[str, Cell] = dict.fromkeys(
-        (*MEASURE, "x best peer", "% of limit", "prefill ms", "% same", "% others")
-    )
+    figures: dict[str, Cell] = dict.fromkeys(FIGURES)
     if contender in seen:
         samples, reference = seen[contender], reference_of(seen)
         speed, fastest = tokens_a_second(case, samples), best_peer(case, contender.precision, seen)
