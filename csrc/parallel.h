@@ -12,8 +12,8 @@ namespace tandem {
 // The members of one parallel region. All run the same code; a loop is shared out among them, and ends when
 // all of it is done, so what one member wrote in a loop every member reads after it.
 //
-// Waiting costs a fraction of a microsecond where every member has a core, which a fork and join per loop
-// does not: a decoding step is a hundred short loops.
+// A decoding step is a hundred short loops: shared out by a team each takes a fraction of what it takes to
+// fork and join for it.
 class Team {
   public:
     explicit Team(int size) : size_(size) {}

@@ -90,7 +90,7 @@ class LLM:
         """An engine around a live model, whose weights it shares, on the device they are on (auto, or its name).
 
         The model is put into evaluation mode. With ``backend="native"`` the engine packs a copy of the weights as they
-        are now: it decodes several times as fast, and what the model learns later it does not see.
+        are now; what the model learns later it does not see.
         """
         own = next(model.parameters()).device
         if device != "auto" and resolve_device(device).type != own.type:

@@ -114,14 +114,19 @@ def _plan(slots: list[Slot], reader: SourceReader, family: Family) -> dict[str, 
 
 
 def _slots(model: nn.Module, family: Family) -> Iterator[Slot]:
+    assert isinstance(model.config, TransformerConfig)
+    weights = None if family.weights is None else family.weights(model.config)
+    for parameter, own in parameter_names(model).items():
+        sources = [_source(name, weights) for name in own]
+        yield Slot(own, parameter.shape, sources, is_linear(model, own[0]), any(map(is_vocabulary, own)))
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with all the names it has, more than one where it is tied."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    assert isinstance(model.config, TransformerConfig)
-    weights = None if family.weights is None else family.weights(model.config)
-    for parameter, own in names.items():
-        sources = [_source(name, weights) for name in own]
-        yield Slot(own, parameter.shape, sources, is_linear(model, own[0]), any(map(is_vocabulary, own)))
+    return names
 
 
 def is_linear(model: nn.Module, name: str) -> bool:

@@ -19,7 +19,7 @@ from kernels.cached_attention import CacheFormat
 from kernels.extension import _C
 from kernels.packed_linear import PackedWeight, gated_order, pack
 from kernels.quantization import QuantizedWeight, quantize
-from models.assembly import NamedWeights, is_linear, is_vocabulary
+from models.assembly import NamedWeights, is_linear, is_vocabulary, parameter_names
 from models.config import TransformerConfig
 from models.layers import GATES, Attention, Block, FeedForward, LayerNorm, Linear, RMSNorm
 from models.sources import BITS, bits_of
@@ -70,10 +70,7 @@ def _array(weight: Tensor, order: Tensor | None) -> Floats:
 
 def live_weights(model: nn.Module, quantization: str | None) -> NamedWeights:
     """A model's weights as they are now, quantised if asked, as ``models.checkpoint.open_model`` gives a file's."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    for parameter, own in names.items():
+    for parameter, own in parameter_names(model).items():
         weight = parameter.detach()
         if quantization in BITS and is_linear(model, own[0]):
             yield own, quantize(weight, bits_of(quantization, weight.shape[1], any(map(is_vocabulary, own))))
