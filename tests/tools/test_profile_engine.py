@@ -76,11 +76,12 @@ def test_decoding_is_measured_beside_transformers_and_gives_its_tokens(shape: st
     ]
     for row in report.rows:
         assert (row["shape"], row["precision"], row["prompt"], row["beams"]) == (shape, "fp32", 7, beams)
+        if row["tokens/s"] is None:  # so small a model's step may be
+            assert "lost in what the rounds differ by" in str(row["note"])
+            continue
         assert row["% same"] == 100
         assert row["note"] == ""
-        # A step of so small a model is lost in what turns differ by, and its rate may be anything.
-        assert all(isinstance(row[name], int | float) for name in ("tokens/s", "% of limit", "x best peer"))
-        assert float(row["prefill ms"] or 0) > 0
+        assert all(float(row[name] or 0) > 0 for name in ("tokens/s", "prefill ms", "% of limit"))
 
 
 def test_our_tokens_fail_where_transformers_would_not_have_chosen_them(field: Field) -> None:

@@ -23,7 +23,10 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
     named |= {"beams": case.beams, "batch": case.batch, "who": contender.label}
     least, limit = rates.least_seconds(model.weights, contender.precision, case.batch * case.beams)
     figures: dict[str, Cell] = dict.fromkeys(FIGURES)
-    if contender in seen:
+    note = field.failed.get(contender, "")
+    if contender in seen and seen[contender].decode[0] <= 0:
+        note = "a step is lost in what the rounds differ by: no rate"
+    elif contender in seen:
         samples, reference = seen[contender], reference_of(seen)
         speed, fastest = tokens_a_second(case, samples), best_peer(case, contender.precision, seen)
         figures["tokens/s"] = speed
@@ -33,7 +36,7 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
         figures["prefill ms"] = samples.prefill * 1e3
         figures["% same"] = None if reference is None else 100 * same_share(samples, seen[reference])
         figures["% others"] = 100 * samples.others
-    return {**named, **figures, "limit": limit, "note": field.failed.get(contender, "")}
+    return {**named, **figures, "limit": limit, "note": note}
 
 
 def generated(case: Case) -> int:
@@ -48,7 +51,10 @@ def tokens_a_second(case: Case, samples: Samples) -> float:
 def best_peer(case: Case, precision: str, seen: Seen) -> float | None:
     """Of those with the same precision of weights; where none has int4, of those with int8."""
     for wanted in (precision, *(("int8",) if precision == "int4" else ())):
-        peers = [seen[contender] for contender in seen if contender.precision == wanted and contender.who != "tandem"]
+        peers = [
+            samples for contender, samples in seen.items()
+            if contender.precision == wanted and contender.who != "tandem" and samples.decode[0] > 0
+        ]  # fmt: skip
         if peers:
             return max(tokens_a_second(case, samples) for samples in peers)
     return None
