@@ -111,83 +111,63 @@ void float_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int6
     blocked_chunk(batch, FloatBlocks<Weights>{}, first_row, rows, chunk, upcoming);
 }
 
-template <class AddOutliers>
-void finish_integers(const LinearBatch& batch, AddOutliers add_outliers, float* sums, int64_t row,
-                     int64_t rows, int64_t chunk) {
-    for (int64_t i = 0; i < rows; ++i)
-        add_outliers(*batch.weight, batch.bytes.outliers + (row + i) * kOutliers, chunk, sums + i * kChunk);
-    finish_rows(batch, sums, row, rows, chunk);
+// What differs between eight and four bits: the rows of a tile, the tiles of a few or of many rows, the
+// outliers.
+struct Int8Chunk {
+    static constexpr int kRows = kByteRowsAtOnce;
+    template <int kSize>
+    static constexpr auto kTile = int8_rows<kSize>;
+    static constexpr auto kAddOutliers = add_int8_outliers;
+#if defined(__AMX_INT8__)
+    static constexpr auto kTiles = int8_tiles;
+#endif
+};
+
+struct Int4Chunk {
+    static constexpr int kRows = kNibbleRows;
+    template <int kSize>
+    static constexpr auto kTile = int4_rows<kSize>;
+    static constexpr auto kAddOutliers = add_int4_outliers;
+#if defined(__AMX_INT8__)
+    static constexpr auto kTiles = int4_tiles;
+#endif
+};
+
+// The tile of `size` rows, kSize at most.
+template <class Kind, int kSize>
+inline void integer_tile(int64_t size, const PackedMatrix& w, const ByteRows& x, int64_t row, int64_t chunk,
+                         Prefetcher& ahead, float* sums) {
+    if constexpr (kSize > 1)
+        if (size < kSize) return integer_tile<Kind, kSize - 1>(size, w, x, row, chunk, ahead, sums);
+    Kind::template kTile<kSize>(w, x, row, chunk, ahead, sums);
 }
 
-void int8_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk, Upcoming upcoming) {
+template <class Kind>
+void integer_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk,
+                   Upcoming upcoming) {
     const PackedMatrix& w = *batch.weight;
+    const auto finish = [&](float* sums, int64_t row, int64_t size) {
+        for (int64_t i = 0; i < size; ++i)
+            Kind::kAddOutliers(w, batch.bytes.outliers + (row + i) * kOutliers, chunk, sums + i * kChunk);
+        finish_rows(batch, sums, row, size, chunk);
+    };
 #if defined(__AMX_INT8__)
     if (rows >= kTileRowsFrom) {
         const TileSession session;
-        for_row_tiles_of(kRowUnit, first_row, rows,
-                         [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
-                             alignas(64) float sums[kRowUnit * kChunk];
-                             Prefetcher ahead(upcoming, tile, tiles, tile_steps(w, size));
-                             int8_tiles(w, batch.bytes, row, size, chunk, ahead, sums);
-                             finish_integers(batch, add_int8_outliers, sums, row, size, chunk);
-                         });
-        return;
+        const auto some = [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
+            alignas(64) float sums[kRowUnit * kChunk];
+            Prefetcher ahead(upcoming, tile, tiles, tile_steps(w, size));
+            Kind::kTiles(w, batch.bytes, row, size, chunk, ahead, sums);
+            finish(sums, row, size);
+        };
+        return for_row_tiles_of(kRowUnit, first_row, rows, some);
     }
 #endif
-    for_row_tiles(first_row, rows, kByteRowsAtOnce,
-                  [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
-                      alignas(64) float sums[kByteRowsAtOnce * kChunk];
-                      Prefetcher ahead(upcoming, tile, tiles, byte_steps(w));
-                      switch (size) {
-                          case 1:
-                              int8_rows<1>(w, batch.bytes, row, chunk, ahead, sums);
-                              break;
-                          case 2:
-                              int8_rows<2>(w, batch.bytes, row, chunk, ahead, sums);
-                              break;
-                          case 3:
-                              int8_rows<3>(w, batch.bytes, row, chunk, ahead, sums);
-                              break;
-#if defined(__AVX512F__)
-                          case 4:
-                              int8_rows<4>(w, batch.bytes, row, chunk, ahead, sums);
-                              break;
-                          case 5:
-                              int8_rows<5>(w, batch.bytes, row, chunk, ahead, sums);
-                              break;
-#endif
-                          default:
-                              int8_rows<kByteRowsAtOnce>(w, batch.bytes, row, chunk, ahead, sums);
-                      }
-                      finish_integers(batch, add_int8_outliers, sums, row, size, chunk);
-                  });
-}
-
-void int4_chunk(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t chunk, Upcoming upcoming) {
-    const PackedMatrix& w = *batch.weight;
-#if defined(__AMX_INT8__)
-    if (rows >= kTileRowsFrom) {
-        const TileSession session;
-        for_row_tiles_of(kRowUnit, first_row, rows,
-                         [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
-                             alignas(64) float sums[kRowUnit * kChunk];
-                             Prefetcher ahead(upcoming, tile, tiles, tile_steps(w, size));
-                             int4_tiles(w, batch.bytes, row, size, chunk, ahead, sums);
-                             finish_integers(batch, add_int4_outliers, sums, row, size, chunk);
-                         });
-        return;
-    }
-#endif
-    for_row_tiles(first_row, rows, kNibbleRows, [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
-        alignas(64) float sums[kNibbleRows * kChunk];
+    for_row_tiles(first_row, rows, Kind::kRows, [&](int64_t row, int64_t size, int64_t tile, int64_t tiles) {
+        alignas(64) float sums[Kind::kRows * kChunk];
         Prefetcher ahead(upcoming, tile, tiles, byte_steps(w));
-        if (size == 1)
-            int4_rows<1>(w, batch.bytes, row, chunk, ahead, sums);
-        else if (size == 2)
-            int4_rows<2>(w, batch.bytes, row, chunk, ahead, sums);
-        else
-            int4_rows<kNibbleRows>(w, batch.bytes, row, chunk, ahead, sums);
-        finish_integers(batch, add_int4_outliers, sums, row, size, chunk);
+        integer_tile<Kind, Kind::kRows>(size, w, batch.bytes, row, chunk, ahead, sums);
+        finish(sums, row, size);
     });
 }
 
@@ -200,11 +180,11 @@ void product(const LinearBatch& batch, int64_t first_row, int64_t rows, int64_t 
         case Storage::float16:
             return float_chunk<Float16Weights>(batch, first_row, rows, chunk, upcoming);
         case Storage::int8:
-            return int8_chunk(batch, first_row, rows, chunk, upcoming);
+            return integer_chunk<Int8Chunk>(batch, first_row, rows, chunk, upcoming);
         case Storage::int4:
             return batch.x.data != nullptr
                        ? blocked_chunk(batch, NibbleBlocks{}, first_row, rows, chunk, upcoming)
-                       : int4_chunk(batch, first_row, rows, chunk, upcoming);
+                       : integer_chunk<Int4Chunk>(batch, first_row, rows, chunk, upcoming);
     }
 }
 
