@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import torch
 
@@ -28,6 +29,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
         self.columns = SamplingColumns()
         self.request_ids = itertools.count()
+        self._sampling = 0.0
 
     def add_request(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -48,8 +50,7 @@ class Engine:
         logits = self._run(schedule, samples + beams)
         if samples:
             apply_to_samples(samples, logits)
-            batch = self.columns.batch(samples)
-            self._deliver(samples, sample(logits[: len(samples)], batch, num_threads=self.num_threads))
+            self._deliver(samples, self._sample(samples, logits[: len(samples)]))
         if beams:
             advance_searches(schedule.searches, logits[len(samples) :], self.cache)
         self.scheduler.retire()
@@ -60,6 +61,18 @@ class Engine:
         if encoded:
             self.runner.encode(encoded)
         return self.runner.next_token_logits(sequences)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds since the last call that went into sampling, and those the runner knows of, by what they went into."""
+        seconds, self._sampling = self._sampling, 0.0
+        return {**self.runner.take_seconds(), "sampling": seconds}
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> SampleResult:
+        batch = self.columns.batch(sequences)
+        start = time.perf_counter()
+        result = sample(logits, batch, num_threads=self.num_threads)
+        self._sampling += time.perf_counter() - start
+        return result
 
     def _deliver(self, sequences: list[Sequence], result: SampleResult) -> None:
         for i, (sequence, token_id) in enumerate(zip(sequences, result.token_ids.tolist(), strict=True)):

@@ -99,6 +99,11 @@ class NativeRunner:
         self._mark_cached(sequences)
         return torch.from_numpy(logits).log_softmax(-1)
 
+    def take_seconds(self) -> dict[str, float]:
+        programs = [program for program in (self.model.decode, self.model.encode) if program is not None]
+        kinds = zip(*(program.take_seconds() for program in programs), strict=True)
+        return dict(zip(("linear", "attention", "other"), map(sum, kinds), strict=True))
+
     def _decode(
         self, sequences: list[Sequence], part: Slice, selected: NDArray[np.int64], out: NDArray[np.float32]
     ) -> None:

@@ -32,6 +32,10 @@ class Runner(Protocol):
         """Float32 log-probabilities (tokens, vocab) of every next token along the sequences, packed."""
         ...
 
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds since the last call, by kind of operation; nothing where the runner keeps no time."""
+        ...
+
 
 class TorchRunner:
     """A model that torch runs, on any device, and a cache of tensors."""
@@ -81,6 +85,9 @@ class TorchRunner:
 
     def target_logprobs(self, sequences: list[Sequence]) -> Tensor:
         return self.model.logits(self.decode(sequences)[0]).float().log_softmax(-1).cpu()
+
+    def take_seconds(self) -> dict[str, float]:
+        return {}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.storage.device)

@@ -17,7 +17,7 @@ from tools.profile.__main__ import command
 from tools.profile.checkpoints import Shape, make_checkpoint
 from tools.profile.engine_field import Case, Contender, Field, Sample, Samples
 from tools.profile.engine_limit import Model, Rates
-from tools.profile.engine_rows import best_peer, rows_of
+from tools.profile.engine_rows import SHARES, best_peer, rows_of, shares
 from tools.profile.engine_tokens import TRUSTED, failures_of
 
 GPT2 = Shape(
@@ -80,6 +80,11 @@ def test_decoding_is_measured_beside_transformers_and_gives_its_tokens(shape: st
             assert "lost in what the rounds differ by" in str(row["note"])
             continue
         assert row["% same"] == 100
+        shares = [row[name] for name in SHARES]
+        if row["who"] == "tandem":
+            assert sum(map(float, shares)) == pytest.approx(100) and all(float(share) > 0 for share in shares[:2])
+        else:
+            assert shares == [None] * 5
         assert row["note"] == ""
         assert all(float(row[name] or 0) > 0 for name in ("tokens/s", "prefill ms", "% of limit"))
 
@@ -115,13 +120,21 @@ def test_a_row_holds_the_median_against_the_best_peer_and_the_limit(tmp_path: Pa
     assert (ours["prefill ms"], ours["% same"], theirs["% same"], ours["% others"]) == (250, 0, 100, 50)
 
 
+def test_what_no_kind_of_work_accounts_for_is_pythons() -> None:
+    seen = Samples([[100] * 5] * 2)
+    kinds = {"linear": 0.5, "attention": 0.2, "other": 0.1, "sampling": 0.1}
+    seen.add({"seconds": [1.0, 2.0], "others": 0, "tokens": [], "spent": [dict.fromkeys(kinds, 1.0), {k: 1 + s for k, s in kinds.items()}]})
+    assert list(shares(seen).values()) == pytest.approx([50, 20, 10, 10, 10])
+    assert shares(samples(1.0)) == {}
+
+
 def test_the_quietest_rounds_count_whatever_their_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     field = Field(seq2seq=False, threads=1, beams=1, sequences=2, peer_python="")
     asked: list[Contender] = []
 
     def ask(contender: Contender, **request: Any) -> dict[str, Any]:
         asked.append(contender)
-        return {"seconds": [1, 1 + len(asked)], "others": 0.0 if len(asked) in (4, 6) else 0.5, "tokens": [[0]]}
+        return {"seconds": [1, 1 + len(asked)], "spent": [{}, {}], "others": 0.0 if len(asked) in (4, 6) else 0.5, "tokens": [[0]]}
 
     monkeypatch.setattr(field, "ask", ask)
     monkeypatch.setattr(field, "workers", {OURS: None})

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("cpu_of_known_ceilings")
 
 
 def test_the_limit_is_what_takes_longer() -> None:
-    assert LIMITS.least_seconds(1e11, 1e9, torch.float32) == (1.0, "product")
-    assert LIMITS.least_seconds(1e9, 1e10, torch.bfloat16) == (1.0, "copy")
+    assert LIMITS.least_seconds(Work(1e11, 1e9), torch.float32) == (1.0, "product")
+    assert LIMITS.least_seconds(Work(1e9, 1e10), torch.bfloat16) == (1.0, "copy")
+    assert LIMITS.least_seconds(Work(1e9, 1e10, reads=True), torch.float32) == (0.5, "read")
     assert LIMITS.cells() == {"fp32 product GFLOP/s": 100.0, "copy GB/s": 10.0, "read GB/s": 20.0}
 
 

@@ -13,9 +13,11 @@ from tools.profile import (
     attention_shapes,
     contenders,
     cross_entropy,
+    linear,
     linear_cross_entropy,
     measure,
     norm,
+    paged_attention,
     rotary,
     rows,
 )
@@ -70,6 +72,46 @@ def test_an_operation_is_measured_in_all_its_kinds_and_modes(operation, shapes: 
     assert {row["who"] for row in report.rows} >= {"tandem torch", "eager"}
     kinds = {str(row["shape"]).split("-")[-1] for row in report.rows if row["who"] == "tandem native"}
     assert kinds == set(native)
+
+
+def test_packed_layers_are_measured_in_every_precision() -> None:
+    report = linear.run(options(shapes=["5x64x96"], against=list(linear.PEERS)))
+    assert not report.failures
+    assert [(row["shape"], row["dtype"], row["who"]) for row in report.rows] == [
+        ("5x64x96-fp32", "fp32", "tandem native"), ("5x64x96-fp32", "fp32", "eager"),
+        ("5x64x96-int8", "int8", "tandem native"), ("5x64x96-int8", "int8", "eager"), ("5x64x96-int8", "int8", "dynamic"),
+        ("5x64x96-int4", "int8", "tandem native"), ("5x64x96-int4", "int8", "eager"), ("5x64x96-int4", "int8", "dynamic"),
+    ]  # fmt: skip
+    errors = [row["error"] for row in report.rows if row["who"] == "tandem native"]
+    assert errors[0] < 1e-5 < errors[1] < 0.02 and 1e-5 < errors[2] < 0.02  # type: ignore[operator]
+    assert all(row["ms"] for row in report.rows if row["who"] != "dynamic")
+    assert linear.shapes(["gpt2"], ["int8"])[5] == linear.Shape(8, 768, 3072, "int8")
+    assert linear.Shape(8, 768, 3072, "int8").work() == contenders.Work(
+        2 * 8 * 768 * 3072, 768 * 3072 + 4 * 8 * (768 + 3072), reads=True
+    )
+    for name in ("8x768", "0x1x1", "gpt3"):
+        with pytest.raises(ValueError, match=f"unknown shape '{name}'"):
+            linear.shapes([name], ["fp32"])
+
+
+def test_attention_over_caches_of_every_type_is_measured() -> None:
+    names = ["2x1:20x4:2x16", "2x3:20x4:4x16-bf16", "1x20:20x2:2x16-int8"]
+    report = paged_attention.run(options(shapes=names, against=list(paged_attention.PEERS)))
+    assert not report.failures
+    assert [(row["dtype"], row["who"]) for row in report.rows] == [
+        ("fp32", "tandem pages"), ("fp32", "tandem native"), ("fp32", "tandem torch"), ("fp32", "eager"), ("fp32", "sdpa"),
+        ("bf16", "tandem pages"), ("bf16", "eager"), ("bf16", "sdpa"),
+        ("int8", "tandem pages"), ("int8", "eager"), ("int8", "sdpa"),
+    ]  # fmt: skip
+    assert all(row["ms"] or "aligned top-left" in str(row["note"]) for row in report.rows)
+    assert [row["note"] for row in report.rows].count("") == 10
+    shape = paged_attention.Shape(2, 3, 20, 4, 2, 16, "bf16")
+    assert shape.label == "2x3:20x4:2x16-bf16"
+    pairs, cached, rows_moved = 18 + 19 + 20, 2 * 20 * 2 * 2, 2 * 3 * 4 * 4
+    assert shape.work() == contenders.Work(4 * 2 * pairs * 4 * 16, 2 * 16 * (cached + rows_moved), reads=True)
+    for name in ("2x1:20x4:3x16", "2x21:20x4:4x16", "2x1:20x4:4x16-fp8", "decoding"):
+        with pytest.raises(ValueError, match=f"unknown shape '{name}'"):
+            paged_attention.shapes([name])
 
 
 @pytest.mark.skipif(TRITON_DEVICE != "cpu", reason="needs Triton's interpreter")

@@ -20,8 +20,8 @@ from tools.profile.options import MODES, PRECISIONS, Options, known, listed, num
 # rows as they are measured. OPTIONS are those of SOME that it takes, and "shape"
 # where run() reads the shapes' names itself, and has others than SHAPES; MODES, if there, are fewer than all.
 NAMES = (
-    "attention", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy", "sampling", "load", "train",
-    "engine",
+    "attention", "paged_attention", "linear", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy",
+    "sampling", "load", "train", "engine",
 )  # fmt: skip
 OPERATIONS = {name: f"tools.profile.{name}" for name in NAMES}
 SOME = (
@@ -153,7 +153,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--mode", default="", metavar="MODE,MODE", help="of " + ", ".join(MODES))
     parser.add_argument("--dtype", default="", metavar="DTYPE,DTYPE", help="of " + ", ".join(DTYPES))
     parser.add_argument(
-        "--precision", default="", metavar="NAME,NAME", help="of weights (engine): " + ", ".join(PRECISIONS)
+        "--precision", default="", metavar="NAME,NAME", help="of weights (engine, linear): " + ", ".join(PRECISIONS)
     )
     parser.add_argument("--prompt", default="", metavar="N", help="tokens of a prompt or source (engine)")
     parser.add_argument("--beams", default="", metavar="N", help="width of a beam search (engine); greedy by default")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tools.profile.contenders import Work
 from tools.profile.machine import Cell
 from tools.profile.timing import ReadBandwidth, interleaved
 
@@ -14,12 +15,12 @@ CPU_PRODUCT, GPU_PRODUCT = 1024, 8192  # sides of the matrices
 CPU_COPY, GPU_COPY = 64 << 20, 2 << 30  # bytes that are read, and written
 SECONDS = 0.2  # for each
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "int8"}
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s of matrix products by dtype; bytes a second, of a copy read and written."""
+    """FLOP/s of matrix products by dtype, int8's of whole numbers; bytes a second, of a copy read and written."""
 
     device: torch.device
     products: dict[torch.dtype, float]
@@ -39,16 +40,19 @@ class Ceilings:
             rates[f"read {prefix}B/s"] = self.read
         return {name: float(f"{rate / unit:.3g}") for name, rate in rates.items()}
 
-    def least_seconds(self, flops: float, moved: float, dtype: torch.dtype) -> tuple[float, str]:
-        """How long the work must take, and what says so: the product or the copy."""
+    def least_seconds(self, work: Work, dtype: torch.dtype) -> tuple[float, str]:
+        """How long the work must take, and what says so: the product, or the copy (the read, of work that reads)."""
         product = self.products[dtype if dtype in self.products else torch.float32]
-        return max((flops / product, "product"), (moved / self.copy, "copy"))
+        moving = (work.bytes / self.copy, "copy")
+        if work.reads and self.read is not None:
+            moving = (work.bytes / self.read, "read")
+        return max((work.flops / product, "product"), moving)
 
 
 def measure(device: torch.device, dtypes: Iterable[torch.dtype]) -> Ceilings:
-    """A GPU's float32 product goes through its tensor cores, as TF32; a CPU's float32 stands for all dtypes."""
+    """A GPU's float32 product goes through its tensor cores, as TF32; a CPU's float32 stands for all floats."""
     if device.type == "cpu":
-        products = {torch.float32: product(device, torch.float32, CPU_PRODUCT)}
+        products = {torch.float32: product(device, torch.float32, CPU_PRODUCT), torch.int8: int8_product(CPU_PRODUCT)}
         return Ceilings(device, products, copy(device, CPU_COPY), read(CPU_COPY))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

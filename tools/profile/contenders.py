@@ -34,10 +34,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Work:
-    """The least an operation takes: FLOPs, and bytes to and from memory."""
+    """The least an operation takes: FLOPs, and bytes to and from memory. reads: hardly any of them are written."""
 
     flops: float
     bytes: float
+    reads: bool = False
 
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)

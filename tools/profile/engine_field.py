@@ -42,13 +42,15 @@ class Contender:
 class Sample:
     """Seconds to the first token, seconds from there to the last; the tokens.
 
-    others: the share of the machine's time that other processes took meanwhile.
+    others: the share of the machine's time that other processes took meanwhile. spent: seconds of ``decode`` by what
+    they went into, where the contender says so.
     """
 
     prefill: float
     decode: float
     others: float
     tokens: Rows
+    spent: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,7 +62,9 @@ class Samples:
 
     def add(self, answer: dict[str, Any]) -> None:
         first, whole = answer["seconds"]
-        self.taken.append(Sample(first, whole - first, answer["others"], answer["tokens"]))
+        before, after = answer["spent"]
+        spent = {kind: seconds - before[kind] for kind, seconds in after.items()}
+        self.taken.append(Sample(first, whole - first, answer["others"], answer["tokens"], spent))
 
     def quiet(self) -> int:
         return sum(sample.others <= QUIET for sample in self.taken)
@@ -78,6 +82,11 @@ class Samples:
         """Median, least and most, in seconds."""
         seconds = [sample.decode for sample in self.taken]
         return median(seconds), min(seconds), max(seconds)
+
+    def share(self, kind: str) -> float | None:
+        """The median share of decoding's seconds that went into one kind of work; None where nobody says."""
+        shares = [sample.spent[kind] / sample.decode for sample in self.taken if kind in sample.spent]
+        return median(shares) if shares else None
 
     @property
     def others(self) -> float:

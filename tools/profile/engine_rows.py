@@ -9,7 +9,9 @@ from tools.profile.machine import Cell
 
 KEYS = ("shape", "precision", "prompt", "beams", "batch", "who")
 MEASURE = ("tokens/s", "low", "high")
-FIGURES = (*MEASURE, "x best peer", "% of limit", "prefill ms", "% same", "% others")
+SPENT = ("linear", "attention", "other", "sampling")
+SHARES = tuple(f"% {kind}" for kind in (*SPENT, "Python"))
+FIGURES = (*MEASURE, "x best peer", "% of limit", "prefill ms", *SHARES, "% same", "% others")
 Seen = dict[Contender, Samples]
 
 
@@ -34,9 +36,19 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
         figures["x best peer"] = None if fastest is None else speed / fastest
         figures["% of limit"] = 100 * speed * least / case.batch
         figures["prefill ms"] = samples.prefill * 1e3
+        figures |= shares(samples)
         figures["% same"] = None if reference is None else 100 * same_share(samples, seen[reference])
         figures["% others"] = 100 * samples.others
     return {**named, **figures, "limit": limit, "note": note}
+
+
+def shares(samples: Samples) -> dict[str, Cell]:
+    """What decoding's time went into; what no kind of work accounts for is Python's."""
+    known = [samples.share(kind) for kind in SPENT]
+    if None in known:
+        return {}
+    percent = [100 * (share or 0) for share in known]
+    return dict(zip(SHARES, [*percent, 100 - sum(percent)], strict=True))
 
 
 def generated(case: Case) -> int:

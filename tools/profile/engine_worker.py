@@ -2,8 +2,8 @@
 
 It stands alone, so that a peer's Python needs nothing of ours. Arguments: WHO and a JSON object, see ``Settings``; WHO
 alone to ask whether it is there. A line {"prompts": [[...], ...], "new_tokens": [1, 64]} is answered by one line with
-the seconds of each length and the last one's tokens; {"prompts": ..., "check": [[...], ...]} by how good these tokens
-are to the model (transformers alone).
+the seconds of each length, what they went into (ours alone) and the last one's tokens; {"prompts": ..., "check":
+[[...], ...]} by how good these tokens are to the model (transformers alone).
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class Tandem:
         greedy = SamplingParams(temperature=0, min_tokens=new_tokens, max_tokens=new_tokens)
         outputs = self.llm.generate(given, greedy, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def take_seconds(self) -> dict[str, float]:
+        return self.llm.engine.take_seconds()
 
 
 class Generator:
@@ -166,14 +169,15 @@ def answer(contender: Any, request: dict[str, Any]) -> dict[str, Any]:
     prompts = request["prompts"]
     if "check" in request:
         return {"check": contender.check(prompts, request["check"])}
-    seconds = []
+    seconds, spent = [], []
     for length in request["new_tokens"]:
         start = time.perf_counter()
         rows = contender.generate(prompts, length)
         seconds.append(time.perf_counter() - start)
+        spent.append(contender.take_seconds() if hasattr(contender, "take_seconds") else {})
         if [len(row) for row in rows] != [length] * len(prompts):
             raise ValueError(f"asked for {length} tokens, got {sorted({len(row) for row in rows})}")
-    return {"seconds": seconds, "tokens": rows}
+    return {"seconds": seconds, "spent": spent, "tokens": rows}
 
 
 def main(who: str, settings: str = "") -> None:

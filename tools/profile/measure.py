@@ -22,7 +22,8 @@ OPTIONS = ("shape", "mode", "dtype", "plot")  # what an operation that is measur
 KEYS = ("shape", "dtype", "mode", "who")
 HIDDEN = ("flops", "bytes")
 # Of the reference's scale; beyond it, an error may still be up to twice that of the formula in the same dtype.
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# int8: of products whose operands are both rounded to it.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.int8: 3e-2}
 NOTE_LENGTH = 70
 
 Run = Callable[[], object]
@@ -103,7 +104,7 @@ class _Group:
             "mode": self.mode,
             "who": name,
             **dict.fromkeys((*measured, *on_the_gpu)),
-            "limit": self.limits.least_seconds(work.flops, work.bytes, self.problem.dtype)[1],
+            "limit": self.limits.least_seconds(work, self.problem.dtype)[1],
             "note": "",
             "flops": work.flops,
             "bytes": work.bytes,
@@ -140,7 +141,7 @@ class _Group:
         prefix, unit = self.limits.unit
         work = self.problem.work(self.mode)
         done = work.flops if self.rate == "FLOP" else work.bytes
-        least, _ = self.limits.least_seconds(work.flops, work.bytes, self.problem.dtype)
+        least, _ = self.limits.least_seconds(work, self.problem.dtype)
         row["ms"], row["20%"], row["80%"] = (t * 1e3 for t in (timing.median, timing.low, timing.high))
         row[f"{prefix}{self.rate}/s"] = done / timing.median / unit
         row["% of limit"] = 100 * least / timing.median

@@ -1,0 +1,129 @@
+"""`linear`: packed linear layers of the CPU, by the precision of their weights, against torch's."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.packed_linear import PackedWeight, pack, packed_linear
+from kernels.quantization import QuantizedWeight, quantize
+from tools.profile.contenders import OURS, Contender, Problem, Work, chosen
+from tools.profile.engine_limit import BYTES
+from tools.profile.measure import measure
+from tools.profile.options import Options
+from tools.profile.report import Report
+
+OPTIONS = ("shape", "precision", "plot")
+PEERS = ("eager", "dynamic")
+MODES = ("forward",)
+ROWS = (1, 8, 32, 1024)
+LAYERS = ((768, 2304), (768, 3072), (3072, 768), (768, 50257))  # GPT-2's
+COLD_BYTES = 64 << 20  # weights are read in turns from copies of this size together, as a model's layers are
+
+
+@dataclass(frozen=True)
+class Shape:
+    rows: int
+    inputs: int
+    outputs: int
+    precision: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.rows}x{self.inputs}x{self.outputs}-{self.precision}"
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.inputs * self.outputs * BYTES[self.precision]
+
+    def work(self) -> Work:
+        """A multiplication and an addition a weight and row; weights and rows read, and the result written."""
+        moved = self.weight_bytes + 4 * self.rows * (self.inputs + self.outputs)
+        return Work(2 * self.rows * self.inputs * self.outputs, moved, reads=True)
+
+
+# By name, for --shape.
+SHAPES = {"gpt2": [(rows, *layer) for rows in ROWS for layer in LAYERS]}
+
+
+def run(options: Options) -> Report:
+    if torch.cuda.is_available():
+        raise ValueError("linear measures packed layers, which are the CPU's: hide the GPU (CUDA_VISIBLE_DEVICES=)")
+    wanted = shapes(options.shapes, options.precisions or ["fp32", "int8", "int4"])
+    return measure("linear", wanted, partial(problem, against=options.against), options, rate="FLOP", modes=MODES)
+
+
+def shapes(names: list[str], precisions: list[str]) -> list[Shape]:
+    """Presets, and others as rows x inputs x outputs. Raises ValueError for what is neither."""
+    sizes: list[tuple[int, ...]] = []
+    for name in names or ["gpt2"]:
+        if name not in SHAPES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
+            raise ValueError(
+                f"unknown shape {name!r}: choose from {', '.join(SHAPES)}, or give rows x inputs x outputs "
+                "such as 8x768x3072"
+            )
+        sizes += SHAPES[name] if name in SHAPES else [tuple(map(int, name.split("x")))]
+    return [Shape(*size, precision) for size in sizes for precision in precisions]  # type: ignore[call-arg]
+
+
+def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[str] | None) -> Problem:
+    """Rows, and a bias for the result; what they are multiplied by is the contenders' own copy of one weight."""
+    weight = torch.randn(shape.outputs, shape.inputs, device=device) / shape.inputs**0.5
+    stored = store(weight, shape.precision)
+    values = weight if isinstance(stored, Tensor) else stored.dequantize()
+    inputs = (torch.randn(shape.rows, shape.inputs, device=device), torch.randn(shape.outputs, device=device))
+    copies = max(1, round(COLD_BYTES / shape.weight_bytes))
+    everyone = {
+        f"{OURS} native": Contender(ours([pack(stored) for _ in range(copies)])),
+        "eager": Contender(eager([values.clone() for _ in range(max(1, COLD_BYTES // values.nbytes))])),
+    }
+    if shape.precision != "fp32":
+        everyone["dynamic"] = Contender(dynamic(weight, max(1, COLD_BYTES // weight.numel())))
+    return Problem(
+        torch.float32 if shape.precision == "fp32" else torch.int8,
+        inputs,
+        reference=lambda x, bias: F.linear(x, values.to(x.dtype), bias),
+        contenders=chosen(everyone, against),
+        forward=shape.work(),
+        backward=Work(0, 0),
+    )
+
+
+def store(weight: Tensor, precision: str) -> Tensor | QuantizedWeight:
+    return weight if precision == "fp32" else quantize(weight, 8 if precision == "int8" else 4)
+
+
+def ours(weights: list[PackedWeight]) -> Callable[[Tensor, Tensor], Tensor]:
+    turns = itertools.cycle(weights)
+    return lambda x, bias: packed_linear(x, next(turns), bias)
+
+
+def eager(weights: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """In float32, whatever the weights were stored in."""
+    turns = itertools.cycle(weights)
+    return lambda x, bias: F.linear(x, next(turns), bias)
+
+
+def dynamic(weight: Tensor, copies: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """torch's own layer with int8 weights, which rounds activations as they come."""
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = torch.nn.Parameter(weight)
+    turns: list[itertools.cycle[torch.nn.Module]] = []
+
+    def function(x: Tensor, bias: Tensor) -> Tensor:
+        if not turns:  # at the first call, where what it may raise becomes a row's note
+            kinds = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+            made = [
+                torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), kinds) for _ in range(copies)
+            ]
+            turns.append(itertools.cycle(made))
+        return next(turns[0])(x) + bias
+
+    return function
