@@ -85,51 +85,52 @@ inline float poison_of(const float* x, int64_t n) {
     return total_of(poison);
 }
 
-// The largest magnitude below a limit, 0 where there is none.
-inline float magnitude_below(const float* x, int64_t n, float limit) {
-    Vec top = splat(0.0f);
-    for_vectors(n, [&](int64_t i, int64_t count) {
-        const Vec v = magnitude(load_part(x + i, count));
-        top = larger(top, select(at_least(v, splat(limit)), splat(0.0f), v));
-    });
-    float most = 0.0f;
-    for (int lane = 0; lane < kWidth; ++lane) most = most < top[lane] ? top[lane] : most;
-    return most;
-}
-
-// Where a magnitude is first found, and whether it is again.
-struct Places {
-    int64_t first;
-    bool again;
+// The kOutliers + 1 largest magnitudes of a row, the largest first.
+struct Largest {
+    float magnitudes[kOutliers + 1];
 };
 
-inline Places places_of(const float* x, int64_t n, float sought) {
-    Places places = {-1, false};
+inline Largest largest_of(const float* x, int64_t n) {
+    Vec top[kOutliers + 1];  // of each lane
+    for (Vec& v : top) v = splat(0.0f);
     for_vectors(n, [&](int64_t i, int64_t count) {
-        if (!any(at_least(magnitude(load_part(x + i, count)), splat(sought)))) return;
-        for (int64_t k = i; k < i + count; ++k) {
-            if (x[k] != sought && x[k] != -sought) continue;
-            places.again = places.first >= 0;
-            if (places.first < 0) places.first = k;
+        Vec v = magnitude(load_part(x + i, count));
+#pragma GCC unroll 8
+        for (Vec& t : top) {
+            const Vec more = larger(t, v);
+            v = smaller(t, v);
+            t = more;
         }
     });
-    return places;
+    float lanes[kOutliers + 2][kWidth] = {};  // zeros at the end
+    for (int64_t o = 0; o <= kOutliers; ++o) store(lanes[o], top[o]);
+    Largest largest;
+    for (float& most : largest.magnitudes) {
+        int best = 0;
+        for (int lane = 1; lane < kWidth; ++lane) best = lanes[0][lane] > lanes[0][best] ? lane : best;
+        most = lanes[0][best];
+        for (int64_t o = 0; o <= kOutliers; ++o) lanes[o][best] = lanes[o + 1][best];
+    }
+    return largest;
 }
 
-// Finds a row's outliers, each of another magnitude; returns the largest magnitude of all other numbers.
+// Finds a row's outliers, of equal magnitudes the first; returns the largest magnitude of all other numbers.
 inline float find_outliers(const float* x, int64_t n, Outlier* outliers) {
-    float magnitudes[kOutliers + 1], limit = __builtin_inff();
-    for (float& most : magnitudes) limit = most = limit == 0.0f ? 0.0f : magnitude_below(x, n, limit);
+    const Largest largest = largest_of(x, n);
     for (int64_t o = 0; o < kOutliers; ++o) outliers[o] = {0, 0.0f};
-    if (magnitudes[0] < kOutlierRatio * magnitudes[kOutliers]) return magnitudes[0];
-    float rest = magnitudes[kOutliers];
-    for (int64_t o = kOutliers - 1; o >= 0; --o) {
-        if (magnitudes[o] == 0.0f) continue;
-        const Places places = places_of(x, n, magnitudes[o]);
-        outliers[o] = {static_cast<int32_t>(places.first), x[places.first]};
-        if (places.again) rest = magnitudes[o];
-    }
-    return rest;
+    const float most = largest.magnitudes[0], least = largest.magnitudes[kOutliers - 1];
+    if (most < kOutlierRatio * largest.magnitudes[kOutliers]) return most;
+    int64_t found = 0, ties = 0;
+    for (int64_t o = 0; o < kOutliers; ++o) ties += largest.magnitudes[o] == least && least != 0.0f;
+    for_vectors(n, [&](int64_t i, int64_t count) {
+        if (!any(at_least(magnitude(load_part(x + i, count)), splat(least)))) return;
+        for (int64_t k = i; k < i + count && found < kOutliers; ++k) {
+            const float size = x[k] < 0.0f ? -x[k] : x[k];
+            if (size > least || (size == least && ties-- > 0))
+                outliers[found++] = {static_cast<int32_t>(k), x[k]};
+        }
+    });
+    return largest.magnitudes[kOutliers];
 }
 
 // Adding 1.5 * 2^23 rounds to the nearest integer, and leaves it in the low bits.
@@ -141,7 +142,7 @@ constexpr float kLeastMagnitude = 0x1p-119f;
 // An outlier's lane holds the largest integer until its byte is cleared.
 inline Ints to_bytes(Vec v, Vec inverse) {
     const Vec scaled = v * inverse, most = splat(127.0f);
-    return rounded(-larger(-larger(scaled, -most), -most));
+    return rounded(smaller(larger(scaled, -most), most));
 }
 
 void quantize(const float* x, int64_t width, int64_t group, const ByteRows& out, int64_t row) {

@@ -24,7 +24,7 @@ constexpr float kOutlierRatio = 1.5f;
 
 struct Outlier {
     int32_t input;
-    float value;  // 0: none; the first is the largest
+    float value;  // 0: none, nor any after it
 };
 
 struct ByteRows {

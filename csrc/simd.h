@@ -55,6 +55,18 @@ inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
+inline Vec smaller(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+    return __builtin_ia32_minps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 // One bit, or one mask, a lane: which lanes satisfy a comparison.
 #if defined(__AVX512F__)
 using Mask = __mmask16;

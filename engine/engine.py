@@ -63,7 +63,7 @@ class Engine:
         return self.runner.next_token_logits(sequences)
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds since the last call that went into sampling, and those the runner knows of, by what they went into."""
+        """Seconds since the last call, by what they went into: sampling, and what the runner tells apart."""
         seconds, self._sampling = self._sampling, 0.0
         return {**self.runner.take_seconds(), "sampling": seconds}
 

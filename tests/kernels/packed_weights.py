@@ -86,15 +86,13 @@ OUTLIERS, OUTLIER_RATIO = 4, np.float32(1.5)
 
 
 def outliers_of(rows: np.ndarray) -> np.ndarray:
-    """The first number of each of a row's four largest magnitudes if it has outliers, else zeros."""
+    """A row's four numbers of the largest magnitudes if it has outliers, the first of equal ones; else zeros."""
     out = np.zeros_like(rows)
     for row, kept in zip(rows, out, strict=True):
-        magnitudes = [*np.unique(np.abs(row))[::-1], *[0] * OUTLIERS]
-        if magnitudes[0] < OUTLIER_RATIO * magnitudes[OUTLIERS]:
-            continue
-        for magnitude in (m for m in magnitudes[:OUTLIERS] if m > 0):
-            first = np.flatnonzero(np.abs(row) == magnitude)[0]
-            kept[first] = row[first]
+        order = np.argsort(-np.abs(row), kind="stable")
+        magnitudes = [*np.abs(row[order[: OUTLIERS + 1]]), *[0] * OUTLIERS]
+        if magnitudes[0] >= OUTLIER_RATIO * magnitudes[OUTLIERS]:
+            kept[order[:OUTLIERS]] = row[order[:OUTLIERS]]
     return out
 
 

@@ -78,10 +78,10 @@ def test_packed_layers_are_measured_in_every_precision() -> None:
     report = linear.run(options(shapes=["5x64x96"], against=list(linear.PEERS)))
     assert not report.failures
     assert [(row["shape"], row["dtype"], row["who"]) for row in report.rows] == [
-        ("5x64x96-fp32", "fp32", "tandem native"), ("5x64x96-fp32", "fp32", "eager"),
-        ("5x64x96-int8", "int8", "tandem native"), ("5x64x96-int8", "int8", "eager"), ("5x64x96-int8", "int8", "dynamic"),
-        ("5x64x96-int4", "int8", "tandem native"), ("5x64x96-int4", "int8", "eager"), ("5x64x96-int4", "int8", "dynamic"),
-    ]  # fmt: skip
+        (f"5x64x96-{precision}", "fp32" if precision == "fp32" else "int8", who)
+        for precision, peers in (("fp32", ["eager"]), ("int8", linear.PEERS), ("int4", linear.PEERS))
+        for who in ("tandem native", *peers)
+    ]
     errors = [row["error"] for row in report.rows if row["who"] == "tandem native"]
     assert errors[0] < 1e-5 < errors[1] < 0.02 and 1e-5 < errors[2] < 0.02  # type: ignore[operator]
     assert all(row["ms"] for row in report.rows if row["who"] != "dynamic")
@@ -99,10 +99,10 @@ def test_attention_over_caches_of_every_type_is_measured() -> None:
     report = paged_attention.run(options(shapes=names, against=list(paged_attention.PEERS)))
     assert not report.failures
     assert [(row["dtype"], row["who"]) for row in report.rows] == [
-        ("fp32", "tandem pages"), ("fp32", "tandem native"), ("fp32", "tandem torch"), ("fp32", "eager"), ("fp32", "sdpa"),
-        ("bf16", "tandem pages"), ("bf16", "eager"), ("bf16", "sdpa"),
-        ("int8", "tandem pages"), ("int8", "eager"), ("int8", "sdpa"),
-    ]  # fmt: skip
+        (dtype, who)
+        for dtype, ours in (("fp32", ("pages", "native", "torch")), ("bf16", ("pages",)), ("int8", ("pages",)))
+        for who in (*(f"tandem {name}" for name in ours), "eager", "sdpa")
+    ]
     assert all(row["ms"] or "aligned top-left" in str(row["note"]) for row in report.rows)
     assert [row["note"] for row in report.rows].count("") == 10
     shape = paged_attention.Shape(2, 3, 20, 4, 2, 16, "bf16")

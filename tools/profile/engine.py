@@ -15,7 +15,7 @@ import torch
 
 from tools.profile.checkpoints import SHAPES, make_checkpoint
 from tools.profile.engine_field import Case, Contender, Field, Rows
-from tools.profile.engine_limit import Model, Rates
+from tools.profile.engine_limit import Limit, Model, Rates
 from tools.profile.engine_rows import KEYS, MEASURE, rows_of
 from tools.profile.engine_tokens import failures_of
 from tools.profile.options import Options
@@ -59,6 +59,7 @@ def measure_shape(name: str, scratch: Path, rates: Rates, options: Options, repo
     if name in SHAPES:
         make_checkpoint(SHAPES[name], folder := scratch / "model")
     model = Model.read(folder)
+    limit = Limit.measure(model, rates, {contender.precision for contender in contenders(options)})
     batches = options.batches or BATCHES
     field = Field(model.seq2seq, torch.get_num_threads(), options.beams, max(batches), options.peer_python)
     try:
@@ -67,7 +68,7 @@ def measure_shape(name: str, scratch: Path, rates: Rates, options: Options, repo
         for batch in batches:
             case = Case(Path(name).name, options.prompt, options.beams, batch, NEW_TOKENS)
             samples = field.measure(make_prompts(case, model.vocab_size), NEW_TOKENS, ROUNDS)
-            for row in rows_of(case, field, samples, model, rates):
+            for row in rows_of(case, field, samples, limit):
                 report.add(row)
             report.failures += failures_of(case, field, samples)
     finally:

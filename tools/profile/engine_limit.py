@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,38 +15,33 @@ from tools.profile import ceilings
 from tools.profile.machine import Cell
 
 BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.5625}  # a weight; in int4 a 16-bit scale for 32 of them is part of it
-READ = 256 << 20  # bytes, as much as GPT-2's weights
 
 TRIES = 5
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does a second with torch's threads: bytes read, operations in a product of matrices."""
+    """Operations a second of this machine with torch's threads, in a product of matrices."""
 
-    read: float
     fp32: float
     int8: float
 
     @classmethod
     def measure(cls) -> Rates:
-        """The best of a few tries: what other processes take of the machine is no limit of its own."""
         cpu, side = torch.device("cpu"), ceilings.CPU_PRODUCT
-        rates = [
-            (ceilings.read(READ), ceilings.product(cpu, torch.float32, side), ceilings.int8_product(side))
-            for _ in range(TRIES)
-        ]
-        return cls(*map(max, zip(*rates, strict=True)))
+        return cls(
+            fp32=best(lambda: ceilings.product(cpu, torch.float32, side)),
+            int8=best(lambda: ceilings.int8_product(side)),
+        )
 
     def cells(self) -> dict[str, Cell]:
-        rates = {"read GB/s": self.read, "fp32 product GFLOP/s": self.fp32, "int8 product GOP/s": self.int8}
+        rates = {"fp32 product GFLOP/s": self.fp32, "int8 product GOP/s": self.int8}
         return {name: float(f"{rate / 1e9:.3g}") for name, rate in rates.items()}
 
-    def least_seconds(self, weights: int, precision: str, sequences: int) -> tuple[float, str]:
-        """Of a step of so many sequences, and what says so: the weights' reading, or their product."""
-        product = self.fp32 if precision == "fp32" else self.int8
-        reading = weights * BYTES[precision] / self.read
-        return max((reading, "read"), (2 * weights * sequences / product, "product"))
+
+def best(measure: Callable[[], float]) -> float:
+    """Of a few tries: what other processes take of the machine is no limit of its own."""
+    return max(measure() for _ in range(TRIES))
 
 
 @dataclass(frozen=True)
@@ -65,3 +62,25 @@ class Model:
             if isinstance(module, nn.Linear) and not name.endswith("cross_attention.kv"):
                 weights += module.weight.numel()
         return cls(model.config.is_encoder_decoder, model.config.vocab_size, weights)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Of a model's decoding. reads: bytes a second by precision, of as many bytes as its weights have there, over and
+    over: caches may hold a part of them."""
+
+    model: Model
+    rates: Rates
+    reads: dict[str, float]
+
+    @classmethod
+    def measure(cls, model: Model, rates: Rates, precisions: Iterable[str]) -> Limit:
+        sizes = {precision: int(model.weights * BYTES[precision]) for precision in precisions}
+        return cls(model, rates, {name: best(partial(ceilings.read, size)) for name, size in sizes.items()})
+
+    def least_seconds(self, precision: str, sequences: int) -> tuple[float, str]:
+        """Of a step of so many sequences, and what says so: the weights' reading, or their product."""
+        product = self.rates.fp32 if precision == "fp32" else self.rates.int8
+        read = self.reads[precision]
+        reading = (self.model.weights * BYTES[precision] / read, f"read, {read / 1e9:.3g} GB/s")
+        return max(reading, (2 * self.model.weights * sequences / product, "product"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tools.profile.engine_field import Case, Contender, Field, Samples
-from tools.profile.engine_limit import Model, Rates
+from tools.profile.engine_limit import Limit
 from tools.profile.engine_tokens import reference_of, same_share
 from tools.profile.machine import Cell
 
@@ -15,15 +15,15 @@ FIGURES = (*MEASURE, "x best peer", "% of limit", "prefill ms", *SHARES, "% same
 Seen = dict[Contender, Samples]
 
 
-def rows_of(case: Case, field: Field, seen: Seen, model: Model, rates: Rates) -> list[dict[str, Cell]]:
-    return [row(case, contender, field, seen, model, rates) for contender in field.contenders]
+def rows_of(case: Case, field: Field, seen: Seen, limit: Limit) -> list[dict[str, Cell]]:
+    return [row(case, contender, field, seen, limit) for contender in field.contenders]
 
 
-def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model, rates: Rates) -> dict[str, Cell]:
+def row(case: Case, contender: Contender, field: Field, seen: Seen, limit: Limit) -> dict[str, Cell]:
     """Figures are None where the contender has none; the note then says why."""
     named: dict[str, Cell] = {"shape": case.shape, "precision": contender.precision, "prompt": case.prompt}
     named |= {"beams": case.beams, "batch": case.batch, "who": contender.label}
-    least, limit = rates.least_seconds(model.weights, contender.precision, case.batch * case.beams)
+    least, what = limit.least_seconds(contender.precision, case.batch * case.beams)
     figures: dict[str, Cell] = dict.fromkeys(FIGURES)
     note = field.failed.get(contender, "")
     if contender in seen and seen[contender].decode[0] <= 0:
@@ -39,7 +39,7 @@ def row(case: Case, contender: Contender, field: Field, seen: Seen, model: Model
         figures |= shares(samples)
         figures["% same"] = None if reference is None else 100 * same_share(samples, seen[reference])
         figures["% others"] = 100 * samples.others
-    return {**named, **figures, "limit": limit, "note": note}
+    return {**named, **figures, "limit": what, "note": note}
 
 
 def shares(samples: Samples) -> dict[str, Cell]:

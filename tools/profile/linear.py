@@ -62,15 +62,16 @@ def run(options: Options) -> Report:
 
 def shapes(names: list[str], precisions: list[str]) -> list[Shape]:
     """Presets, and others as rows x inputs x outputs. Raises ValueError for what is neither."""
-    sizes: list[tuple[int, ...]] = []
+    sizes: list[tuple[int, int, int]] = []
     for name in names or ["gpt2"]:
-        if name not in SHAPES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", name)
+        if name not in SHAPES and not found:
             raise ValueError(
                 f"unknown shape {name!r}: choose from {', '.join(SHAPES)}, or give rows x inputs x outputs "
                 "such as 8x768x3072"
             )
-        sizes += SHAPES[name] if name in SHAPES else [tuple(map(int, name.split("x")))]
-    return [Shape(*size, precision) for size in sizes for precision in precisions]  # type: ignore[call-arg]
+        sizes += [(int(found[1]), int(found[2]), int(found[3]))] if found else SHAPES[name]
+    return [Shape(*size, precision) for size in sizes for precision in precisions]
 
 
 def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[str] | None) -> Problem:
@@ -120,9 +121,7 @@ def dynamic(weight: Tensor, copies: int) -> Callable[[Tensor, Tensor], Tensor]:
     def function(x: Tensor, bias: Tensor) -> Tensor:
         if not turns:  # at the first call, where what it may raise becomes a row's note
             kinds = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
-            made = [
-                torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), kinds) for _ in range(copies)
-            ]
+            made = [torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), kinds) for _ in range(copies)]
             turns.append(itertools.cycle(made))
         return next(turns[0])(x) + bias
 

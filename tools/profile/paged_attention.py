@@ -50,18 +50,26 @@ class Shape:
 
 
 # Of GPT-2's heads, and of a grouped model's.
-DECODING = ((1, 2048, 12, 12, 64), (8, 512, 12, 12, 64), (32, 128, 12, 12, 64), (32, 1024, 12, 12, 64), (8, 1024, 32, 8, 128))
+DECODING = (
+    (1, 2048, 12, 12, 64),
+    (8, 512, 12, 12, 64),
+    (32, 128, 12, 12, 64),
+    (32, 1024, 12, 12, 64),
+    (8, 1024, 32, 8, 128),
+)
 SHAPES = {
-    "decode": [Shape(sequences, 1, *rest, cache) for sequences, *rest in DECODING for cache in CACHES],
+    "decode": [
+        Shape(sequences, 1, keys, heads, kv_heads, head_dim, cache)
+        for sequences, keys, heads, kv_heads, head_dim in DECODING
+        for cache in CACHES
+    ],
     "prefill": [Shape(batch, keys, keys, 12, 12, 64) for batch, keys in ((1, 512), (8, 128))],
 }
 
 
 def run(options: Options) -> Report:
     wanted = shapes(options.shapes)
-    return measure(
-        "paged_attention", wanted, partial(problem, against=options.against), options, rate="B", modes=MODES
-    )
+    return measure("paged_attention", wanted, partial(problem, against=options.against), options, rate="B", modes=MODES)
 
 
 def shapes(names: list[str]) -> list[Shape]:
@@ -74,13 +82,14 @@ def shapes(names: list[str]) -> list[Shape]:
 
 def _parsed(text: str) -> Shape:
     found = re.fullmatch(rf"(\d+)x(\d+):(\d+)x(\d+):(\d+)x(\d+)(?:-({'|'.join(CACHES)}))?", text)
-    sizes = list(map(int, found.groups()[:6])) if found else [0]
-    if 0 in sizes or sizes[1] > sizes[2] or sizes[3] % sizes[4]:
+    numbers = map(int, found.groups()[:6]) if found else [0] * 6
+    sequences, queries, keys, heads, kv_heads, head_dim = numbers
+    if found is None or not sequences * queries * heads * kv_heads * head_dim or queries > keys or heads % kv_heads:
         raise ValueError(
             f"unknown shape {text!r}: choose from {', '.join(SHAPES)}, or give sequences x queries:keys x "
             "heads:kv_heads x head_dim - cache such as 8x1:512x32:8x128-int8, with no more queries than keys"
         )
-    return Shape(*sizes, *(name for name in [found[7]] if found and name))
+    return Shape(sequences, queries, keys, heads, kv_heads, head_dim, found[7] or "fp32")
 
 
 def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[str] | None) -> Problem:
