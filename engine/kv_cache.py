@@ -107,7 +107,7 @@ class KVCache:
         """
         index = np.array([row.index for row in rows])
         full, partial = divmod(length, self.block_size)
-        tables = self.tables[index]
+        tables = self.tables[index, : full + 1]
         self.tables[index, :full] = tables[parents, :full]
         if partial:
             self._copy(tables[parents, full], tables[:, full])
