@@ -128,9 +128,27 @@ py::tuple sample(const py::array& array, const SamplingBatch& batch, int num_thr
     return py::make_tuple(token_ids, logprobs, ranks, top_logprobs, top_ids, messages_of(errors));
 }
 
+py::tuple top_k(const py::array& array, int64_t k, int num_threads) {
+    tandem::check_threads(num_threads);
+    const tandem::Logits scores = logits_of(array, array.ndim() > 0 ? array.shape(0) : 0);
+    if (k < 1 || k > scores.vocab)
+        throw py::value_error("k must be from 1 to " + std::to_string(scores.vocab) + ", got " +
+                              std::to_string(k));
+    py::array_t<float> values({scores.rows, k});
+    py::array_t<int64_t> ids({scores.rows, k});
+    float* first_value = values.mutable_data();
+    int64_t* first_id = ids.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        tandem::top_k(scores, k, first_value, first_id, num_threads);
+    }
+    return py::make_tuple(values, ids);
+}
+
 void register_sampling(py::module_& module) {
     py::class_<SamplingBatch>(module, "SamplingBatch").def(py::init<const py::dict&>());
     module.def("sample", &sample, py::arg("logits"), py::arg("batch"), py::arg("num_threads"));
+    module.def("top_k", &top_k, py::arg("scores"), py::arg("k"), py::arg("num_threads"));
     module.def("uniform", &tandem::uniform, py::arg("seed"), py::arg("position"));
     module.attr("cpu_path") = tandem::name_of(tandem::cpu_path());
 }

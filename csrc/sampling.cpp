@@ -176,10 +176,20 @@ void clear(const SamplingResults& results, int64_t row) {
     std::fill_n(results.top_ids + row * results.top_columns, results.top_columns, int64_t{-1});
 }
 
+Scratch& scratch_for(int64_t vocab) {
+    static thread_local Scratch scratch;
+    scratch.fit(vocab);
+    return scratch;
+}
+
+int threads_for(const Logits& logits, int num_threads) {
+    return static_cast<int>(
+        std::min<int64_t>(num_threads, 1 + logits.rows * logits.vocab / kFloatsWorthAThread));
+}
+
 RowError sample_row(const Logits& logits, const SamplingRequests& requests, const SamplingResults& results,
                     int64_t index) {
-    static thread_local Scratch scratch;
-    scratch.fit(logits.vocab);
+    Scratch& scratch = scratch_for(logits.vocab);
     const Params params = params_of(requests, index);
     const int64_t num_logprobs = std::min<int64_t>(requests.num_logprobs[index], results.top_columns);
     Row row;
@@ -222,12 +232,23 @@ const char* message_of(RowError error) {
 
 void sample(const Logits& logits, const SamplingRequests& requests, const SamplingResults& results,
             int num_threads) {
-    const int64_t useful_threads = 1 + logits.rows * logits.vocab / kFloatsWorthAThread;
-    const int threads = static_cast<int>(std::min<int64_t>(num_threads, useful_threads));
-    parallel_for(logits.rows, threads, [&](int64_t row) {
+    parallel_for(logits.rows, threads_for(logits, num_threads), [&](int64_t row) {
         clear(results, row);
         results.errors[row] = sample_row(logits, requests, results, row);
         if (results.errors[row] != RowError::none) clear(results, row);
+    });
+}
+
+void top_k(const Logits& scores, int64_t k, float* values, int64_t* ids, int num_threads) {
+    parallel_for(scores.rows, threads_for(scores, num_threads), [&](int64_t index) {
+        Scratch& scratch = scratch_for(scores.vocab);
+        Row row;
+        const RowError error = scan(scores.data + index * scores.stride, scores.vocab, scratch, row);
+        const bool broken = error == RowError::has_nan || error == RowError::has_infinity;
+        std::fill_n(values + index * k, k, broken ? std::numeric_limits<float>::quiet_NaN() : -kInfinity);
+        std::fill_n(ids + index * k, k, int64_t{0});
+        if (error == RowError::none)
+            report_top(row, {row.logits, 0}, k, scratch, values + index * k, ids + index * k);
     });
 }
 

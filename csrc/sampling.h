@@ -53,4 +53,8 @@ struct SamplingResults {
 void sample(const Logits& logits, const SamplingRequests& requests, const SamplingResults& results,
             int num_threads);
 
+// The k largest of each row, largest first, lower ids first among equals; values and ids are (rows, k). What
+// is -inf is left out: behind the others are -inf and id 0. A row with NaN or +inf gets NaN.
+void top_k(const Logits& scores, int64_t k, float* values, int64_t* ids, int num_threads);
+
 }  // namespace tandem

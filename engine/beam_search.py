@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.beam_params import BeamSearchParams
+from kernels.sampling import top_k
 
 # The log-probability of a beam there is not: all but the first before the first step, ended ones afterwards.
 NOTHING = -1e9
@@ -90,17 +91,19 @@ class BeamSearch:
 
     def _candidates(self, log_probs: Tensor) -> Candidates:
         width, (rows, vocab) = self.params.beam_width, log_probs.shape
-        # The prompt's one row stands for every beam, of which all but the first are NOTHING.
-        totals = log_probs.expand(width, vocab) + self.logprobs[:, None]
         # Were every end token among the best of every beam, there would still be beam_width others to go on with.
-        logprobs, at = totals.flatten().topk(max(2, 1 + len(self.eos_ids)) * width)
+        wanted = max(2, 1 + len(self.eos_ids)) * width
+        best, ids = top_k(log_probs, count := min(wanted, vocab))
+        # The prompt's one row stands for every beam, of which all but the first are NOTHING.
+        logprobs, at = (best.expand(width, count) + self.logprobs[:, None]).flatten().topk(wanted)
         if not logprobs[0].isfinite():
             why = "the generation rules leave no token" if logprobs[0] < 0 else "the model gave no finite logits"
             raise NoContinuation(why)
-        tokens = at % vocab
+        parents = at // count % rows
+        tokens = ids[parents, at % count]
         ended = torch.isin(tokens, self.eos_ids)
         stops = ended | (self.token_ids.shape[1] + 1 >= self.max_length)
-        return Candidates(logprobs, at // vocab % rows, tokens, ended, stops)
+        return Candidates(logprobs, parents, tokens, ended, stops)
 
     def _keep_finished(self, best: Candidates) -> None:
         """Adds those of the ``beam_width`` best candidates that stop; the rest are there only to go on with."""

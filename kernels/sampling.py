@@ -121,6 +121,19 @@ def sample(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = No
     return SampleResult(token_ids, logprobs, ranks, top_logprobs, top_ids, errors)
 
 
+def top_k(scores: Tensor, k: int, *, num_threads: int | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of float32 CPU `scores` (rows, vocab), and their ids: float32 and int64 (rows, k).
+
+    Largest first, lower ids first among equals. What is -inf is left out: behind the others are -inf and id 0. A row
+    with NaN or +inf gets NaN. Raises ValueError if shapes, dtype or device do not fit, or for k outside [1, vocab].
+    """
+    if scores.dtype is not torch.float32 or scores.device.type != "cpu":
+        raise ValueError(f"scores must be a float32 CPU tensor, got {_describe(scores)}")
+    threads = torch.get_num_threads() if num_threads is None else num_threads
+    values, ids = _C.top_k(scores.detach().numpy(), k, threads)
+    return torch.from_numpy(values), torch.from_numpy(ids)
+
+
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} on {value.device}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kernels._C as _C
 from kernels import reference
-from kernels.sampling import SamplingBatch, sample
+from kernels.sampling import SamplingBatch, sample, top_k
 from tests.kernels.conftest import CPU_PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -418,7 +418,7 @@ PATH_SCRIPT = """
 import sys, torch
 import kernels._C as _C
 from tests.kernels.test_sampling import make_logits, mixed_batch
-from kernels.sampling import SamplingBatch, sample
+from kernels.sampling import SamplingBatch, sample, top_k
 from tests.kernels.conftest import CPU_PATHS
 logits, columns = mixed_batch(40)
 wide = make_logits(4, 33333, scale=1.0)
@@ -452,3 +452,37 @@ def test_every_cpu_path_gives_the_same_bits():
 def test_an_unknown_cpu_path_is_refused_by_name():
     _, stderr = start_on("sse9").communicate(timeout=120)
     assert f"TANDEM_CPU must be one of {', '.join(CPU_PATHS)}, not sse9" in stderr
+
+
+@pytest.mark.parametrize(("rows", "vocab", "k"), [(1, 1, 1), (3, 7, 7), (5, 1000, 8), (33, 20_011, 64)])
+def test_the_largest_of_each_row_come_in_order(rows: int, vocab: int, k: int) -> None:
+    scores = make_logits(rows, vocab)
+    values, ids = top_k(scores, k)
+    expected = scores.topk(k)
+    assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
+    assert torch.equal(top_k(scores, k, num_threads=1)[1], ids)
+
+
+def test_equal_scores_come_by_id_and_what_cannot_be_is_left_out() -> None:
+    scores = torch.tensor(
+        [[1.0, 3, 3, -INF], [-INF, -INF, 2, -INF], [-INF] * 4, [0, INF, 1, 1], [0, float("nan"), 1, 1]]
+    )
+    values, ids = top_k(scores, 3)
+    assert ids[:4].tolist() == [[1, 2, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert values[:3].tolist() == [[3, 3, 1], [2, -INF, -INF], [-INF] * 3]
+    assert values[3:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "k", "message"),
+    [
+        (torch.zeros(2, 5), 6, "k must be from 1 to 5, got 6"),
+        (torch.zeros(2, 5), 0, "k must be from 1 to 5, got 0"),
+        (torch.zeros(5), 1, "float32 of shape"),
+        (torch.zeros(2, 5, dtype=torch.float64), 1, "float32 CPU tensor"),
+        (torch.zeros(5, 2).T, 1, "contiguous rows"),
+    ],
+)
+def test_scores_that_have_no_largest_are_refused(scores: Tensor, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        top_k(scores, k)
