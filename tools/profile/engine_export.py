@@ -24,7 +24,7 @@ def openvino(folder: str, output: str, precision: str, seq2seq: bool) -> None:
     compressed: dict[str, dict[str, Any]] = {
         "fp32": {"load_in_8bit": False},
         "int8": {"load_in_8bit": True},
-        "int4": {"quantization_config": OVWeightQuantizationConfig(bits=4)},
+        "int4": {"quantization_config": OVWeightQuantizationConfig(bits=4, group_size_fallback="adjust")},
     }
     kind = OVModelForSeq2SeqLM if seq2seq else OVModelForCausalLM
     kind.from_pretrained(folder, export=True, compile=False, **compressed[precision]).save_pretrained(output)
