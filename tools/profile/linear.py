@@ -85,7 +85,7 @@ def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[st
         f"{OURS} native": Contender(ours([pack(stored) for _ in range(copies)])),
         "eager": Contender(eager([values.clone() for _ in range(max(1, COLD_BYTES // values.nbytes))])),
     }
-    if shape.precision != "fp32":
+    if shape.precision == "int8":
         everyone["dynamic"] = Contender(dynamic(weight, max(1, COLD_BYTES // weight.numel())))
     return Problem(
         torch.float32 if shape.precision == "fp32" else torch.int8,
