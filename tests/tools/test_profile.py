@@ -115,9 +115,9 @@ def test_loading_is_measured_in_processes_of_their_own(monkeypatch: pytest.Monke
     tiny = load.Shape("gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 200, "n_positions": 64})
     monkeypatch.setattr(load, "SHAPES", {"tiny": tiny})
     monkeypatch.setattr(load, "ROUNDS", 1)
-    report = load.run(Options(against=["transformers"], seconds=0.1))
+    report = load.run(Options(against=["transformers"], precisions=["fp32", "int8"], seconds=0.1))
     assert not report.failures  # the same first token
-    assert [row["who"] for row in report.rows] == ["tandem", "transformers"]
+    assert [row["who"] for row in report.rows] == ["tandem", "tandem int8", "transformers"]
     assert all(0 < float(row["first token s"] or 0) < 60 for row in report.rows)
 
 

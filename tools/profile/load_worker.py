@@ -1,7 +1,8 @@
 """Run by ``tools.profile load`` in a process of its own: opens a folder, generates a token, prints what it took.
 
-It stands alone, so that a peer's Python needs nothing of ours. Arguments: WHO FOLDER THREADS causal|seq2seq; WHO alone
-to ask whether it is there; or ``convert FOLDER OUTPUT`` for what CTranslate2 does beforehand.
+It stands alone, so that a peer's Python needs nothing of ours. Arguments: WHO FOLDER THREADS causal|seq2seq, where
+"tandem int8" is our own with weights quantised on their way; WHO alone to ask whether it is there; or ``convert FOLDER
+OUTPUT`` for what CTranslate2 does beforehand.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PROMPT = list(range(100, 132))
 PACKAGES = {"tandem": "engine", "transformers": "transformers", "ctranslate2": "ctranslate2"}
@@ -18,11 +20,11 @@ SPECIAL = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 Open = Callable[[], int]  # opens the model and returns its first token
 
 
-def tandem(folder: str, threads: int, seq2seq: bool) -> Open:
+def tandem(folder: str, threads: int, seq2seq: bool, quantization: Any = None) -> Open:
     from engine import LLM, SamplingParams
 
     def first_token() -> int:
-        llm = LLM(folder, num_threads=threads)
+        llm = LLM(folder, num_threads=threads, quantization=quantization)
         params = SamplingParams(temperature=0, max_tokens=1)
         return llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)[0].outputs[0].token_ids[0]
 
@@ -81,7 +83,7 @@ def peak_bytes() -> int:
 
 def main(who: str, folder: str = "", *rest: str) -> None:
     if not folder:  # only asked whether it is there
-        __import__(PACKAGES[who])
+        __import__(PACKAGES[who.split()[0]])
         print(json.dumps({}))
         return
     if who == "convert":
@@ -89,8 +91,11 @@ def main(who: str, folder: str = "", *rest: str) -> None:
         print(json.dumps({}))
         return
     started = time.perf_counter()
-    contenders = {"tandem": tandem, "transformers": transformers, "ctranslate2": ctranslate2}
-    first_token = contenders[who](folder, int(rest[0]), rest[1] == "seq2seq")
+    contenders: dict[str, Callable[..., Open]] = {
+        "tandem": tandem, "transformers": transformers, "ctranslate2": ctranslate2,
+    }  # fmt: skip
+    name, *quantization = who.split()
+    first_token = contenders[name](folder, int(rest[0]), rest[1] == "seq2seq", *quantization)
     imported, before = time.perf_counter(), peak_bytes()
     token = first_token()
     seconds = time.perf_counter() - imported

@@ -58,7 +58,7 @@ def draw(operation: str, rows: Rows, ceilings: dict[str, Cell], path: Path) -> N
         axis.set_title(f"{operation}, {mode}")
     if roofline:
         draw_roofline(axes[-1, 0], rows, rate, ceilings, colors)
-    axes[0, 0].legend(ncols=len(colors), fontsize="small")
+    draw_legend(axes[0, 0], colors)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -74,7 +74,7 @@ def draw_speeds(operation: str, rows: Rows, path: Path) -> None:
     for precision, axis in zip(precisions, axes[:, 0], strict=True):
         draw_bars(axis, [row for row in rows if row["precision"] == precision], "tokens/s", colors, "batch")
         axis.set_title(f"{operation}, {precision}")
-    axes[0, 0].legend(ncols=len(colors), fontsize="small")
+    draw_legend(axes[0, 0], colors)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -89,6 +89,14 @@ def draw_bars(axis: Any, rows: Rows, rate: str, colors: dict[str, str], beside: 
         axis.bar(places, [row[rate] for row in theirs], width, color=color, label=who, align="edge")
     axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize="x-small")
     axis.set_ylabel(rate)
+
+
+def draw_legend(axis: Any, colors: dict[str, str]) -> None:
+    """Of all implementations, whether or not they have a bar on this panel."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=color, label=who) for who, color in colors.items()]
+    axis.legend(handles=handles, ncols=len(colors), fontsize="small")
 
 
 def draw_roofline(axis: Any, rows: Rows, rate: str, ceilings: dict[str, Cell], colors: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ class WorkerError(ValueError):
 
 
 def python_of(who: str, peer_python: str) -> str:
-    return sys.executable if who == "tandem" else peer_python
+    return sys.executable if who.split()[0] == "tandem" else peer_python
 
 
 def run_once(script: Path, peer_python: str, *arguments: object) -> dict[str, Any]:
