@@ -36,6 +36,7 @@ bench: env
 	$(RUN) -m tools.profile load --against transformers
 	$(RUN) -m tools.profile sampling --against transformers
 	$(RUN) -m tools.profile train --against transformers
+	$(RUN) -m tools.profile engine --batch 8 --against transformers
 
 lint: env
 	$(VENV)/bin/ruff check .
