@@ -84,7 +84,7 @@ class StackProgram:
 
     config: TransformerConfig
     weights: Weights
-    program: Any = field(default_factory=_C.Program)
+    program: _C.Program = field(default_factory=_C.Program)
     rotated: int = 0
     _floats: dict[tuple[str, int], int] = field(default_factory=dict)
     _bytes: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -318,8 +318,8 @@ class NativeModel:
 
     config: TransformerConfig
     cache_format: CacheFormat
-    decode: Any
-    encode: Any | None
+    decode: _C.Program
+    encode: _C.Program | None
 
 
 def lower(model: DecoderOnly | EncoderDecoder, weights: Weights, cache_format: CacheFormat) -> NativeModel:
