@@ -17,14 +17,20 @@ int64_t row_of(const PackedMatrix& shape, const int64_t* order, int64_t output) 
     return output < shape.outputs ? order[output] : -1;
 }
 
+// A few inputs at a time, whose part of the chunk the first-level cache holds for all outputs.
+constexpr int64_t kPackedAtOnce = 32;
+
 template <class Number>
 void pack_numbers(const PackedMatrix& shape, const FloatSource& source, const int64_t* order, int64_t chunk,
                   Number* out) {
     const auto* numbers = static_cast<const Number*>(source.data);
-    for (int64_t n = 0; n < kChunk; ++n) {
-        const int64_t row = row_of(shape, order, chunk * kChunk + n);
-        for (int64_t k = 0; k < shape.inputs; ++k)
-            out[k * kChunk + n] = row < 0 ? Number{} : numbers[row * source.stride + k];
+    for (int64_t first = 0; first < shape.inputs; first += kPackedAtOnce) {
+        const int64_t end = std::min(shape.inputs, first + kPackedAtOnce);
+        for (int64_t n = 0; n < kChunk; ++n) {
+            const int64_t row = row_of(shape, order, chunk * kChunk + n);
+            for (int64_t k = first; k < end; ++k)
+                out[k * kChunk + n] = row < 0 ? Number{} : numbers[row * source.stride + k];
+        }
     }
 }
 
@@ -91,7 +97,7 @@ const char* name_of(Storage storage) {
 }
 
 AlignedBytes::AlignedBytes(int64_t size) : size_(size) {
-    const int64_t unit = size >= 2 * kLargePage ? kLargePage : 64;
+    const int64_t unit = size >= kLargePage ? kLargePage : 64;
     // Not aligned_alloc, which takes whole multiples of the unit alone.
     void* memory = nullptr;
     if (posix_memalign(&memory, static_cast<size_t>(unit),
