@@ -153,7 +153,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--mode", default="", metavar="MODE,MODE", help="of " + ", ".join(MODES))
     parser.add_argument("--dtype", default="", metavar="DTYPE,DTYPE", help="of " + ", ".join(DTYPES))
     parser.add_argument(
-        "--precision", default="", metavar="NAME,NAME", help="of weights (engine, linear): " + ", ".join(PRECISIONS)
+        "--precision",
+        default="",
+        metavar="NAME,NAME",
+        help="of weights (engine, linear, load): " + ", ".join(PRECISIONS),
     )
     parser.add_argument("--prompt", default="", metavar="N", help="tokens of a prompt or source (engine)")
     parser.add_argument("--beams", default="", metavar="N", help="width of a beam search (engine); greedy by default")

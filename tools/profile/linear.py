@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.packed_linear import PackedWeight, pack, packed_linear
-from kernels.quantization import QuantizedWeight, quantize
+from kernels.packed_linear import pack, packed_linear
+from kernels.quantization import quantize
+from models.sources import BITS
 from tools.profile.contenders import OURS, Contender, Problem, Work, chosen
 from tools.profile.engine_limit import BYTES
 from tools.profile.measure import measure
@@ -77,13 +78,14 @@ def shapes(names: list[str], precisions: list[str]) -> list[Shape]:
 def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[str] | None) -> Problem:
     """Rows, and a bias for the result; what they are multiplied by is the contenders' own copy of one weight."""
     weight = torch.randn(shape.outputs, shape.inputs, device=device) / shape.inputs**0.5
-    stored = store(weight, shape.precision)
+    stored = quantize(weight, BITS[shape.precision]) if shape.precision in BITS else weight
     values = weight if isinstance(stored, Tensor) else stored.dequantize()
     inputs = (torch.randn(shape.rows, shape.inputs, device=device), torch.randn(shape.outputs, device=device))
     copies = max(1, round(COLD_BYTES / shape.weight_bytes))
     everyone = {
-        f"{OURS} native": Contender(ours([pack(stored) for _ in range(copies)])),
-        "eager": Contender(eager([values.clone() for _ in range(max(1, COLD_BYTES // values.nbytes))])),
+        f"{OURS} native": Contender(in_turns(packed_linear, [pack(stored) for _ in range(copies)])),
+        # In float32, whatever the weights were stored in.
+        "eager": Contender(in_turns(F.linear, [values.clone() for _ in range(max(1, COLD_BYTES // values.nbytes))])),
     }
     if shape.precision == "int8":
         everyone["dynamic"] = Contender(dynamic(weight, max(1, COLD_BYTES // weight.numel())))
@@ -97,19 +99,9 @@ def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[st
     )
 
 
-def store(weight: Tensor, precision: str) -> Tensor | QuantizedWeight:
-    return weight if precision == "fp32" else quantize(weight, 8 if precision == "int8" else 4)
-
-
-def ours(weights: list[PackedWeight]) -> Callable[[Tensor, Tensor], Tensor]:
+def in_turns(layer: Callable[..., Tensor], weights: Sequence[object]) -> Callable[[Tensor, Tensor], Tensor]:
     turns = itertools.cycle(weights)
-    return lambda x, bias: packed_linear(x, next(turns), bias)
-
-
-def eager(weights: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """In float32, whatever the weights were stored in."""
-    turns = itertools.cycle(weights)
-    return lambda x, bias: F.linear(x, next(turns), bias)
+    return lambda x, bias: layer(x, next(turns), bias)
 
 
 def dynamic(weight: Tensor, copies: int) -> Callable[[Tensor, Tensor], Tensor]:

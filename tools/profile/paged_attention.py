@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from engine.native_runner import NativeStorage
 from kernels.cached_attention import CacheFormat, append, attend
 from kernels.paged_attention import paged_attention
 from tools.profile.contenders import OURS, Contender, Problem, Work, chosen
@@ -127,7 +128,7 @@ def pages(shape: Shape) -> Contender:
     layout = CacheFormat(str(CACHES[shape.cache]).removeprefix("torch."), shape.kv_heads, shape.head_dim, BLOCK)
 
     def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        cache = aligned(shape.sequences * blocks, layout.layer_bytes)
+        cache = torch.from_numpy(NativeStorage(1, layout, shape.sequences * blocks).blocks)
         slots = torch.arange(shape.sequences)[:, None] * blocks * BLOCK + torch.arange(shape.keys)
         append(k.flatten(0, 1), v.flatten(0, 1), cache, layout, slots.flatten())
         return q.flatten(0, 1), cache, *lengths(shape, blocks, q.device)
@@ -144,13 +145,6 @@ def lengths(shape: Shape, blocks: int, device: torch.device) -> tuple[Tensor, Te
     keys = torch.full((shape.sequences,), shape.keys, dtype=torch.int32, device=device)
     offsets = torch.arange(shape.sequences + 1, dtype=torch.int32, device=device) * shape.queries
     return table, keys, offsets
-
-
-def aligned(rows: int, width: int, boundary: int = 64) -> Tensor:
-    """Zeroed bytes that begin on a boundary."""
-    memory = torch.zeros(rows * width + boundary, dtype=torch.uint8)
-    start = -memory.data_ptr() % boundary
-    return memory[start : start + rows * width].view(rows, width)
 
 
 def heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
