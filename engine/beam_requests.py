@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -36,13 +37,11 @@ def search_request(reader: PromptReader, request_id: str, prompt: Prompt, params
     return request
 
 
-def advance_searches(requests: list[Request], logits: Tensor, cache: KVCache) -> None:
-    """Takes a step of every search, given the logits (rows, vocab) of their live beams, packed."""
-    start, log_probs = 0, logits.log_softmax(-1)
-    for request in requests:
-        end = start + len(request.live)
-        _advance(request, log_probs[start:end], cache)
-        start = end
+def advance_searches(searches: Mapping[Request, int], logits: Tensor, cache: KVCache) -> None:
+    """Takes a step of every search, given logits (rows, vocab) and where those of its live beams begin."""
+    for request, start in searches.items():
+        log_probs = logits[start : start + len(request.live)].log_softmax(-1)
+        _advance(request, log_probs, cache)
 
 
 def _advance(request: Request, log_probs: Tensor, cache: KVCache) -> None:
@@ -61,7 +60,10 @@ def _advance(request: Request, log_probs: Tensor, cache: KVCache) -> None:
         for sequence in request.sequences:
             sequence.finish("stop")
         return
-    cache.reorder([sequence.row for sequence in request.sequences if sequence.row is not None], parents.numpy(), cached)
+    rows = [sequence.row for sequence in request.sequences if sequence.row is not None]
+    cache.reorder(rows, parents.tolist())
+    cache.tokens[[row.index for row in rows], cached] = beams.token_ids[:, -1]
+    request.forked = True
     for sequence, token_ids in zip(request.sequences, beams.token_ids.tolist(), strict=True):
         sequence.token_ids, sequence.num_cached = token_ids, cached
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import time
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from engine.batch import Batch, Table
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
 from engine.logits_rules import apply_to_samples
@@ -14,8 +16,19 @@ from engine.request import Request, Sequence
 from engine.runner import Runner
 from engine.sampling_batch import SamplingColumns
 from engine.scheduler import Schedule, Scheduler
+from engine.token_scores import add_scores
 from kernels.sampling import SampleResult, sample
 from models.tokenizer import Tokenizer
+
+
+@dataclass
+class Outlets:
+    """What a step's logits are for: the sequences to sample and their rows, the searches and where theirs begin."""
+
+    samples: list[Sequence] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    searches: dict[Request, int] = field(default_factory=dict)
+    scored: list[Sequence] = field(default_factory=list)
 
 
 class Engine:
@@ -28,7 +41,6 @@ class Engine:
         self.runner, self.cache = runner, runner.cache
         self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
         self.columns = SamplingColumns()
-        self.request_ids = itertools.count()
         self._sampling = 0.0
 
     def add_request(self, request: Request) -> None:
@@ -41,38 +53,82 @@ class Engine:
         self.scheduler.abort(request_id)
 
     @torch.inference_mode()
-    def step(self) -> list[Sequence]:
-        """Adds a token to every scheduled sequence; returns them, finished ones included (none when idle)."""
+    def step(self) -> list[Request]:
+        """Runs one step; returns the requests that got something, finished ones included (none when idle)."""
         schedule = self.scheduler.schedule()
-        samples, beams = schedule.sequences, [beam for request in schedule.searches for beam in request.live]
-        if not samples and not beams:
+        if not schedule.sequences:
             return []
-        logits = self._run(schedule, samples + beams)
-        if samples:
-            apply_to_samples(samples, logits)
-            self._deliver(samples, self._sample(samples, logits[: len(samples)]))
-        if beams:
-            advance_searches(schedule.searches, logits[len(samples) :], self.cache)
-        self.scheduler.retire()
-        return samples + beams
+        logits = self._run(schedule)
+        outlets = self._outlets(schedule, logits)
+        if outlets.samples:
+            self._sample(outlets.samples, _picked(logits, outlets.rows))
+        if outlets.searches:
+            advance_searches(outlets.searches, logits, self.cache)
+        changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
+        self.scheduler.retire(changed)
+        return changed
 
-    def _run(self, schedule: Schedule, sequences: list[Sequence]) -> torch.Tensor:
-        encoded = [request for request in schedule.requests if request.encoder_prompt_token_ids is not None]
-        if encoded:
-            self.runner.encode(encoded)
-        return self.runner.next_token_logits(sequences)
+    def _run(self, schedule: Schedule) -> Tensor:
+        """Logits of the tokens that the schedule wants them of, packed."""
+        try:
+            self.cache.copy_shared()
+            if schedule.sources:
+                self.runner.encode(schedule.sources)
+            logits = self.runner.logits(_batch(schedule, self.cache.tokens))
+        except BaseException:
+            self.cache.forget_all()  # it counts on what has not been written
+            raise
+        for source in schedule.sources:
+            source.encoded = True
+        for sequence, count in zip(schedule.sequences, schedule.counts, strict=True):
+            sequence.num_cached += count
+        return logits
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds since the last call, by what they went into: sampling, and what the runner tells apart."""
-        seconds, self._sampling = self._sampling, 0.0
-        return {**self.runner.take_seconds(), "sampling": seconds}
+    def _outlets(self, schedule: Schedule, logits: Tensor) -> Outlets:
+        outlets, start = Outlets(), 0
+        for sequence, wanted in zip(schedule.sequences, schedule.wanted, strict=True):
+            if wanted:
+                self._sort(outlets, sequence, logits, start, start + wanted)
+                start += wanted
+        return outlets
 
-    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> SampleResult:
+    def _sort(self, outlets: Outlets, sequence: Sequence, logits: Tensor, start: int, end: int) -> None:
+        """Finds out what a sequence's logits, in the rows from ``start`` to ``end``, are for."""
+        request = sequence.request
+        if request.scored is not None and len(request.scores) < request.scored[1] - request.scored[0]:
+            add_scores(sequence, logits[start:end], self.tokenizer)
+            outlets.scored.append(sequence)
+        if sequence.num_lacking or sequence.finish_reason is not None:
+            return
+        if request.only_scores:
+            sequence.finish("stop")
+        elif request.beams is not None:
+            outlets.searches.setdefault(request, start)
+        else:
+            sampled = [sequence] if request.forked else self._fork(request)
+            outlets.samples += sampled
+            outlets.rows += [end - 1] * len(sampled)
+
+    def _fork(self, request: Request) -> list[Sequence]:
+        """Gives all samples what the first has: the prompt's keys and values."""
+        request.forked = True
+        first = request.sequences[0]
+        if len(request.sequences) > 1:
+            rows = [sequence.row for sequence in request.sequences if sequence.row is not None]
+            self.cache.reorder(rows, [0] * len(rows))
+            for sequence in request.sequences:
+                sequence.num_cached = first.num_cached
+        return request.sequences
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
+        apply_to_samples(sequences, logits)
         batch = self.columns.batch(sequences)
         start = time.perf_counter()
         result = sample(logits, batch, num_threads=self.num_threads)
         self._sampling += time.perf_counter() - start
-        return result
+        rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
+        self.cache.tokens[rows, [len(sequence.token_ids) for sequence in sequences]] = result.token_ids
+        self._deliver(sequences, result)
 
     def _deliver(self, sequences: list[Sequence], result: SampleResult) -> None:
         for i, (sequence, token_id) in enumerate(zip(sequences, result.token_ids.tolist(), strict=True)):
@@ -83,3 +139,19 @@ class Engine:
                 sequence.add_logprobs(token_id, result, i, self.tokenizer)
             sequence.token_ids.append(token_id)
             deliver(sequence, token_id)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds since the last call, by what they went into: sampling, and what the runner tells apart."""
+        seconds, self._sampling = self._sampling, 0.0
+        return {**self.runner.take_seconds(), "sampling": seconds}
+
+
+def _batch(schedule: Schedule, tokens: Table) -> Batch:
+    rows = [sequence.row.index for sequence in schedule.sequences if sequence.row is not None]
+    starts = [sequence.num_cached for sequence in schedule.sequences]
+    return Batch.of(tokens, rows, starts, schedule.counts, schedule.wanted)
+
+
+def _picked(logits: Tensor, rows: list[int]) -> Tensor:
+    """The rows in this order; the logits themselves where those are all of them."""
+    return logits if rows == list(range(len(logits))) else logits[rows]

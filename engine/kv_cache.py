@@ -1,18 +1,20 @@
 """The cache: one pool of blocks, made at start-up, for self- and cross-attention of every running sequence.
 
-A row is a sequence's place in the block tables. Its blocks are reserved when it is admitted, enough for its longest
-outcome, so that no step can run out. A source's keys and values are written once and shared by the request's samples.
-The rows of one beam search pool their blocks: those that are full are shared by the beams that have them in common.
+A row is a sequence's place in the tables: its tokens, the blocks that hold their keys and values, its source. It takes
+blocks as it grows. Rows share full blocks of equal beginnings, and samples and beams also the one being filled, which
+is copied before it is written. A source's keys and values are written once and read by every request that has it.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine.block_pool import BlockPool, Known
 
 Table = NDArray[np.int32]
 
@@ -32,39 +34,60 @@ class Storage(Protocol):
         ...
 
 
-@dataclass
-class Source:
-    """An encoded source's blocks, freed when its last sample is done."""
+@dataclass(eq=False)
+class Source(Known):
+    """A source's tokens and the blocks of its keys and values, ``encoded`` once they are written."""
 
-    length: int
-    blocks: list[int]
-    users: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    encoded: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A running sequence's place: its index in the tables, its own blocks, its source."""
+    """A running sequence's place: its index in the tables, the blocks it holds, its source.
+
+    ``num_known`` of the blocks, which are full, are known to the pool; ``tip`` is the last of those.
+    """
 
     index: int
+    source: Source | None
     blocks: list[int] = field(default_factory=list)
-    source: Source | None = None
+    num_known: int = 0
+    tip: Known | None = None
+
+
+@dataclass
+class CacheCounts:
+    """Tokens of prompts and sources asked for since the start, and those of them that were in the cache already."""
+
+    prompt_tokens: int = 0
+    prompt_hits: int = 0
+    source_tokens: int = 0
+    source_hits: int = 0
 
 
 class KVCache:
-    """Who holds which blocks of a storage: rows of the running sequences, and their sources."""
+    """Who holds which blocks of a storage: rows of the running sequences, and the sources of running requests."""
 
-    def __init__(self, storage: Storage, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, storage: Storage, max_num_seqs: int, max_model_len: int, enable_prefix_caching: bool = True
+    ) -> None:
         self.storage, self.block_size, self.num_blocks = storage, storage.block_size, storage.num_blocks
-        width = -(-max_model_len // self.block_size)
+        self.enable_prefix_caching = enable_prefix_caching
+        self.pool = BlockPool(storage.num_blocks)
+        width = self.blocks_for(max_model_len)
         self.tables: Table = np.zeros((max_num_seqs, width), dtype=np.int32)
         self.source_tables: Table = np.zeros((max_num_seqs, width), dtype=np.int32)
         self.source_lengths: Table = np.zeros(max_num_seqs, dtype=np.int32)
-        self._free_blocks = list(range(self.num_blocks - 1, -1, -1))
+        self.tokens: Table = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
+        self.counts = CacheCounts()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._copies: list[tuple[int, int]] = []
+        self._broken: set[int] = set()  # blocks to clear when their last holder drops them
 
     @property
-    def num_free_blocks(self) -> int:
-        return len(self._free_blocks)
+    def num_rows(self) -> int:
+        return len(self.tables)
 
     @property
     def num_free_rows(self) -> int:
@@ -73,68 +96,156 @@ class KVCache:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def take_source(self, length: int) -> Source:
-        return Source(length, self._take(self.blocks_for(length)))
+    def take_source(self, token_ids: list[int]) -> Source | None:
+        """The source of these tokens, one more time held: known, or new and to be encoded; None: there is no room."""
+        key = ("source", *token_ids)
+        known = self.pool.find(key) if self.enable_prefix_caching else None
+        if known is not None:
+            assert isinstance(known, Source)
+            self.pool.hold(known.blocks)
+            return known
+        if (count := self.blocks_for(len(token_ids))) > self.pool.num_available:
+            return None
+        source = Source(key, self.pool.take(count), token_ids=token_ids)
+        if self.enable_prefix_caching:
+            self.pool.name(source)
+        return source
 
-    def take_row(self, num_tokens: int, source: Source | None) -> Row:
-        """A row with blocks for ``num_tokens``, reading ``source`` in cross-attention."""
-        row = Row(self._free_rows.pop(), self._take(self.blocks_for(num_tokens)), source)
-        self.tables[row.index, : len(row.blocks)] = row.blocks
+    def count_source(self, source: Source) -> None:
+        """Takes note of a request's source for the metrics."""
+        self.counts.source_tokens += len(source.token_ids)
+        self.counts.source_hits += len(source.token_ids) if source.encoded else 0
+
+    def drop_source(self, source: Source) -> None:
+        if not source.encoded:
+            self.pool.forget(source.blocks)
+        self._drop(source.blocks)
+
+    def open_row(self, source: Source | None) -> Row:
+        """An empty row, reading ``source`` in cross-attention."""
+        row = Row(self._free_rows.pop(), source, tip=source)
         if source is not None:
-            source.users += 1
             self.source_tables[row.index, : len(source.blocks)] = source.blocks
-            self.source_lengths[row.index] = source.length
+            self.source_lengths[row.index] = len(source.token_ids)
         return row
 
-    def release(self, row: Row, clear: bool = False) -> None:
-        """Gives a row's blocks back; ``clear`` zeroes them, for a sequence whose values are not finite."""
-        source = row.source
-        blocks = list(row.blocks)
-        if source is not None:
-            source.users -= 1
-            if source.users == 0:
-                blocks += source.blocks
-        if clear:
-            self.storage.clear(blocks)
-        self._free_blocks += blocks
+    def close_row(self, row: Row) -> None:
+        # The last block first: of a beginning that others may share, the start is kept longest.
+        self._drop(row.blocks[::-1])
+        row.blocks = []
         self._free_rows.append(row.index)
 
-    def reorder(self, rows: list[Row], parents: NDArray[np.int64], length: int) -> None:
-        """Makes row i go on from the ``length`` tokens that row ``parents[i]`` holds; the rows are all of one search's.
+    def take_prefix(self, row: Row, token_ids: SequenceOf[int]) -> int:
+        """Lets an empty row hold the blocks that are known of its tokens; returns how many tokens they hold.
 
-        A full block is never written again, so beams share it by naming it in their tables. The block being filled is
-        a row's own, and copied. The rows' blocks suffice: together their tables name at most as many as they brought.
+        At least one token is left to run.
         """
-        index = np.array([row.index for row in rows])
-        full, partial = divmod(length, self.block_size)
-        tables = self.tables[index, : full + 1]
-        self.tables[index, :full] = tables[parents, :full]
-        if partial:
-            self._copy(tables[parents, full], tables[:, full])
-        else:
-            shared = set(self.tables[index, :full].flat)
-            unused = (block for row in rows for block in row.blocks if block not in shared)
-            self.tables[index, full] = list(itertools.islice(unused, len(rows)))
+        if not self.enable_prefix_caching:
+            return 0
+        size = self.block_size
+        for start in range(0, len(token_ids) - size, size):
+            known = self.pool.find(_key(row.tip, token_ids[start : start + size]))
+            if known is None:
+                break
+            self.pool.hold(known.blocks)
+            row.blocks += known.blocks
+            row.tip = known
+        row.num_known = len(row.blocks)
+        self.tables[row.index, : len(row.blocks)] = row.blocks
+        return len(row.blocks) * size
 
-    def _copy(self, sources: Table, targets: Table) -> None:
-        """Copies blocks, as if all at once: a target may be another's source."""
-        moved = np.flatnonzero(sources != targets)
-        if not len(moved):
+    def grow(self, row: Row, start: int, end: int) -> bool:
+        """Gives a row blocks for its tokens up to ``end`` that it may write from ``start`` on; False: no room for it.
+
+        A block that others hold as well is replaced by a copy, which ``copy_shared`` makes.
+        """
+        first, have = start // self.block_size, len(row.blocks)
+        new = self.blocks_for(end) - have
+        shared = first < have and self.pool.holders[row.blocks[first]] > 1
+        if new <= 0 and not shared:
+            return True
+        new = max(new, 0)
+        if new + shared > self.pool.num_available:
+            return False
+        taken = self.pool.take(new + shared)
+        if shared:
+            self._replace(row, first, taken.pop())
+        row.blocks += taken
+        self.tables[row.index, have : have + new] = taken
+        return True
+
+    def _replace(self, row: Row, at: int, copy: int) -> None:
+        self._copies.append((row.blocks[at], copy))
+        self._drop([row.blocks[at]])
+        row.blocks[at] = copy
+        self.tables[row.index, at] = copy
+
+    def copy_shared(self) -> None:
+        """Makes the copies that ``grow`` has promised."""
+        if self._copies:
+            sources, targets = np.array(self._copies, dtype=np.int32).T
+            self.storage.copy(sources, targets)
+            self._copies.clear()
+
+    def remember(self, row: Row, token_ids: SequenceOf[int], end: int) -> None:
+        """Lets others find the blocks that are full when the row's tokens up to ``end`` are written.
+
+        They may count on them in the same step already: what they hold is written before it is read.
+        """
+        if not self.enable_prefix_caching:
             return
-        self.storage.copy(sources[moved], targets[moved])
+        size = self.block_size
+        for at in range(row.num_known, end // size):
+            known = Known(_key(row.tip, token_ids[at * size : (at + 1) * size]), [row.blocks[at]])
+            row.tip = self.pool.name(known)
+        row.num_known = max(row.num_known, end // size)
 
-    def source_slots(self, source: Source) -> NDArray[np.int64]:
-        """The slots, block * block_size + offset, of a source's tokens, which fill its blocks from their start."""
-        places = np.arange(source.length)
-        blocks = np.asarray(source.blocks, dtype=np.int64)[places // self.block_size]
-        return blocks * self.block_size + places % self.block_size
+    def reorder(self, rows: SequenceOf[Row], parents: SequenceOf[int]) -> None:
+        """Makes row i hold what row ``parents[i]`` holds, tokens included."""
+        if all(i == parent for i, parent in enumerate(parents)):
+            return
+        index = np.array([row.index for row in rows])
+        self.tokens[index] = self.tokens[index[parents]]
+        held = [(list(rows[parent].blocks), rows[parent].num_known, rows[parent].tip) for parent in parents]
+        for blocks, _, _ in held:
+            self.pool.hold(blocks)
+        for row, (blocks, num_known, tip) in zip(rows, held, strict=True):
+            self._drop(row.blocks[::-1])
+            row.blocks, row.num_known, row.tip = blocks, num_known, tip
+            self.tables[row.index, : len(blocks)] = blocks
+
+    def forget(self, row: Row) -> None:
+        """Takes what a row and its source hold for worthless, as when values are not finite: nobody will find it.
+
+        It is zeroed when its last holder drops it, for attention multiplies what lies past a sequence's end by zero,
+        which NaN would survive.
+        """
+        for blocks in (row.blocks, row.source.blocks if row.source is not None else ()):
+            self.pool.forget(blocks)
+            self._broken.update(blocks)
+
+    def forget_all(self) -> None:
+        """Lets nothing be found again, as when the model has changed."""
+        self.pool.forget_all()
 
     def slots(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The slots of tokens at ``positions`` of the sequences in ``rows``, one a token."""
+        """The slots, block * block_size + offset, of tokens at ``positions`` of the sequences in ``rows``."""
         blocks = self.tables[rows, positions // self.block_size].astype(np.int64)
         return blocks * self.block_size + positions % self.block_size
 
-    def _take(self, count: int) -> list[int]:
-        taken = self._free_blocks[len(self._free_blocks) - count :]
-        del self._free_blocks[len(self._free_blocks) - count :]
-        return taken
+    def source_slots(self, source: Source) -> NDArray[np.int64]:
+        """The slots of a source's tokens, which fill its blocks from their start."""
+        places = np.arange(len(source.token_ids))
+        blocks = np.asarray(source.blocks, dtype=np.int64)[places // self.block_size]
+        return blocks * self.block_size + places % self.block_size
+
+    def _drop(self, blocks: SequenceOf[int]) -> None:
+        freed = self.pool.drop(blocks)
+        if self._broken and (broken := self._broken.intersection(freed)):
+            self.storage.clear(sorted(broken))
+            self._broken -= broken
+
+
+def _key(before: Known | None, token_ids: SequenceOf[int]) -> tuple[int, ...]:
+    """What a full block holds: its tokens, behind the blocks, or the source, that come before it."""
+    return (-1 if before is None else before.serial, *token_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import itertools
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ from engine.prompts import Prompt, PromptReader
 from engine.request import BeamSearchOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
 from engine.runners import native_runner, torch_runner
 from engine.sampling import SamplingParams
-from engine.score import score_request, score_step
+from engine.score import score_output, score_request
 from models import checkpoint
 from models.assembly import NamedWeights
 from models.files import CheckpointError
@@ -119,9 +119,8 @@ class LLM:
             _check_vocabulary(tokenizer.target_vocab_size, self.config.target_vocab_size or 0)
         self.max_model_len = options.model_length(self.config)
         runner = torch_runner(model, options) if weights is None else native_runner(model, weights, options)
-        self.engine = Engine(
-            runner, tokenizer, options.max_num_batched_tokens or max(4096, self.max_model_len), options.num_threads
-        )
+        self.engine = Engine(runner, tokenizer, options.step_tokens, options.num_threads)
+        self._request_ids = itertools.count()
         self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
         self._seeds = random.Random(options.seed)
         self._lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
@@ -263,17 +262,14 @@ class LLM:
             score_request(self.reader, self._next_id(), prompt, target)
             for prompt, target in zip(prompts, targets, strict=True)
         ]
-        results: dict[str, ScoreOutput] = {}
-        with self._lock:
-            if self.engine.has_unfinished_requests():
-                raise ValueError("score needs an idle engine: let what is in progress end, or close its stream")
-            with self._queued(requests):
-                while len(results) < len(requests):
-                    results |= score_step(self.engine)
+        pending = _in_reverse(requests)
+        with self._queued(requests):
+            while pending:
+                self._step_for(pending)
         for i, request in enumerate(requests):
-            if math.isnan(results[request.request_id].total):
-                raise ValueError(f"the model gives no finite logits for target {i}")
-        return [results[request.request_id] for request in requests]
+            if (error := request.sequences[0].error) is not None:
+                raise ValueError(f"{error} for target {i}")
+        return [score_output(request) for request in requests]
 
     @contextlib.contextmanager
     def _queued(self, requests: list[Request]) -> Iterator[None]:
@@ -327,7 +323,7 @@ class LLM:
         return self.reader.request(self._next_id(), prompt, params, seed)
 
     def _next_id(self) -> str:
-        return str(next(self.engine.request_ids))
+        return str(next(self._request_ids))
 
 
 def _check_vocabulary(tokens: int, rows: int) -> None:

@@ -15,6 +15,7 @@ from models.sources import Quantization
 
 RANGES = {"num_threads": (1, 1024), "seed": (0, 2**63 - 1), "max_num_seqs": (1, 1 << 20)}
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
+STEP_TOKENS = 512  # few enough that those who decode meanwhile do not wait long
 QUANTIZATIONS = (None, "auto", "int8", "int4")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,11 +32,13 @@ class EngineOptions:
             in as many as the file has them in.
         max_num_seqs: most sequences decoded at once.
         max_model_len: longest source, and longest prompt plus output; the model's own limit unless given.
-        max_num_batched_tokens: prompt tokens that may join a step (a single request may have more).
+        max_num_batched_tokens: tokens of a step: one of each sequence that decodes, the rest of prompts and sources. A
+            long prompt takes several steps, a long source a step of its own. 512, or max_num_seqs, unless given.
         kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, 4 GiB at most.
         kv_cache_dtype: float32, bfloat16 or int8, the last on the native backend alone; auto: the weights' dtype, and
             bfloat16 beside quantised ones.
         block_size: tokens in a block of the cache; for native a multiple of 16.
+        enable_prefix_caching: keys and values of equal beginnings, and of equal sources, are computed once.
         num_threads: CPU threads, torch's own unless given. seed: of the requests that bring none.
     """
 
@@ -47,6 +50,7 @@ class EngineOptions:
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: str = "auto"
     block_size: int = 16
+    enable_prefix_caching: bool = True
     num_threads: int | None = None
     seed: int = 0
 
@@ -58,6 +62,10 @@ class EngineOptions:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, allowed))}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name} must be True or False, got {value!r}")
+                continue
             if (
                 isinstance(field.default, str)
                 or field.name == "quantization"
@@ -99,6 +107,10 @@ class EngineOptions:
         if self.max_model_len is not None and self.max_model_len > config.max_seqlen:
             raise ValueError(f"max_model_len {self.max_model_len} is beyond the model's {config.max_seqlen}")
         return self.max_model_len or config.max_seqlen
+
+    @property
+    def step_tokens(self) -> int:
+        return self.max_num_batched_tokens or max(STEP_TOKENS, self.max_num_seqs)
 
     def num_blocks(self, config: TransformerConfig, bytes_per_block: int) -> int:
         """How many blocks the cache gets, for targets and, beside them, sources."""

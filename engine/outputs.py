@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from engine.beam_requests import search_output
-from engine.request import BeamSequence, CompletionOutput, Request, RequestOutput, Sequence
+from engine.request import BeamSequence, CompletionOutput, Logprob, Request, RequestOutput, Sequence
 from models.tokenizer import Tokenizer
 
 
 def output_of(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
     return RequestOutput(
         request.request_id, request.prompt, request.prompt_token_ids, _completions(request, tokenizer),
-        request.finished, request.encoder_prompt, request.encoder_prompt_token_ids,
+        request.finished, request.encoder_prompt, request.encoder_prompt_token_ids, _prompt_logprobs(request),
     )  # fmt: skip
+
+
+def _prompt_logprobs(request: Request) -> list[dict[int, Logprob] | None] | None:
+    """One entry a token of the prompt; the first has none before it to be judged by."""
+    return None if request.params.prompt_logprobs is None else [None, *request.scores]
 
 
 def _completions(request: Request, tokenizer: Tokenizer | None) -> list[CompletionOutput]:

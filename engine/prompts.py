@@ -38,6 +38,8 @@ class PromptReader:
             raise ValueError(
                 f"the prompt is {length} tokens; max_model_len {self.max_model_len} leaves no room to generate"
             )
+        if params.prompt_logprobs is not None and length > 1:
+            request.scored = (1, length)
         limit = self.max_model_len if params.max_tokens is None else length + params.max_tokens
         for index in range(params.n):
             request.sequences.append(

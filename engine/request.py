@@ -11,7 +11,7 @@ from models.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from engine.beam_search import BeamSearch
-    from engine.kv_cache import Row
+    from engine.kv_cache import Row, Source
     from kernels.sampling import SampleResult
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -50,6 +50,7 @@ class RequestOutput:
     finished: bool
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,12 @@ class Sequence:
 
     @property
     def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+        return self.request.num_prompt
+
+    @property
+    def num_lacking(self) -> int:
+        """How many of its tokens have yet to run."""
+        return len(self.token_ids) - self.num_cached
 
     @property
     def output_ids(self) -> list[int]:
@@ -147,7 +153,9 @@ class Sequence:
 class Request:
     """What was asked for, checked and tokenised. ``prompt_token_ids`` is the decoder's prompt, start token included.
 
-    ``sequences`` are samples, or the beams of the search ``beams``; ``rules`` bind their tokens.
+    ``sequences`` are samples, or the beams of the search ``beams``; ``rules`` bind their tokens. Of the tokens from
+    ``scored[0]`` up to ``scored[1]`` the log-probabilities are wanted; a request that ``only_scores`` generates none.
+    Those of lower ``priority`` come first, and among equals those that came first, which ``arrival`` counts.
     """
 
     request_id: str
@@ -159,11 +167,27 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     beams: BeamSearch | None = None
     rules: GenerationRules = NO_RULES
+    scored: tuple[int, int] | None = None
+    only_scores: bool = False
+    priority: int = 0
+    arrival: int = 0
+    scores: list[dict[int, Logprob]] = field(default_factory=list)  # of the tokens that are ``scored``, so far
+    source: Source | None = None  # while it runs
+    forked: bool = False  # all samples or beams have tokens of their own; before, the first stands for all
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.prompt_token_ids)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.priority, self.arrival
 
     @property
     def live(self) -> list[Sequence]:
-        """Those that the next step runs: all samples, or the beams there are, which is one for the prompt."""
-        return self.sequences if self.beams is None else self.sequences[: len(self.beams.token_ids)]
+        """Those that the next step runs."""
+        if not self.forked:
+            return self.sequences[:1]
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
     @property
     def finished(self) -> bool:

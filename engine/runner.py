@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch import Batch
 from engine.kv_cache import KVCache, Source
-from engine.request import Request, Sequence
 from engine.tensor_cache import CacheView, TensorStorage
 from models.cache import Lengths
 from models.transformer import DecoderOnly, EncoderDecoder
@@ -20,16 +20,15 @@ class Runner(Protocol):
 
     cache: KVCache
 
-    def encode(self, requests: list[Request]) -> None:
-        """Runs the requests' sources through the encoder and stores what cross-attention reads of them."""
+    def encode(self, sources: list[Source]) -> list[Tensor]:
+        """Runs sources through the encoder and stores what cross-attention reads of them.
+
+        Returns each one's hidden states, float32 (tokens, dim) on the CPU.
+        """
         ...
 
-    def next_token_logits(self, sequences: list[Sequence]) -> Tensor:
-        """Runs what the cache lacks; float32 logits (sequences, vocab) on the CPU, for the token after each of them."""
-        ...
-
-    def target_logprobs(self, sequences: list[Sequence]) -> Tensor:
-        """Float32 log-probabilities (tokens, vocab) of every next token along the sequences, packed."""
+    def logits(self, batch: Batch) -> Tensor:
+        """Runs a batch's tokens; float32 logits (wanted tokens, vocab) on the CPU, of the token after each of them."""
         ...
 
     def take_seconds(self) -> dict[str, float]:
@@ -45,14 +44,14 @@ class TorchRunner:
     ) -> None:
         self.model, self.cache, self.storage, self.backend = model, cache, storage, backend
 
-    def encode(self, requests: list[Request]) -> None:
-        sources = [request.encoder_prompt_token_ids or [] for request in requests]
-        hidden = self.encoder_hidden(sources)
+    def encode(self, sources: list[Source]) -> list[Tensor]:
+        hidden = self.encoder_hidden([source.token_ids for source in sources])
         keys_values = cast(EncoderDecoder, self.model).cross_keys_values(hidden)
-        slots = np.concatenate([self.cache.source_slots(source_of(request)) for request in requests])
+        slots = np.concatenate([self.cache.source_slots(source) for source in sources])
         places = self.storage.slots_of(slots)
         for layer, (k, v) in enumerate(keys_values):
             self.storage.append(layer, k, v, places)
+        return list(hidden.float().cpu().split([len(source.token_ids) for source in sources]))
 
     def encoder_hidden(self, sources: list[list[int]]) -> Tensor:
         """The encoder's hidden states of several sources, packed (tokens, dim)."""
@@ -66,35 +65,17 @@ class TorchRunner:
         positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
         return cast(EncoderDecoder, self.model).encode(token_ids, packed, positions=positions)
 
-    def decode(self, sequences: list[Sequence]) -> tuple[Tensor, CacheView]:
-        """Runs each sequence's tokens that the cache lacks; returns their hidden states (tokens, dim) and the view."""
-        new = [sequence.token_ids[sequence.num_cached :] for sequence in sequences]
-        counts = np.array([len(ids) for ids in new], dtype=np.int32)
-        starts = np.array([sequence.num_cached for sequence in sequences], dtype=np.int32)
-        rows = np.array([sequence.row.index for sequence in sequences if sequence.row is not None], dtype=np.int64)
-        view = CacheView(self.cache, self.storage, rows, starts, counts, self.backend)
-        token_ids = self._tensor(np.fromiter((i for ids in new for i in ids), dtype=np.int64, count=int(counts.sum())))
-        hidden = self.model.decode(token_ids, view.positions, view)
-        for sequence in sequences:
-            sequence.num_cached = len(sequence.token_ids)
-        return hidden, view
+    def hidden(self, batch: Batch) -> Tensor:
+        """The decoder's hidden states of a batch's tokens, (tokens, dim)."""
+        view = CacheView(self.cache, self.storage, batch, self.backend)
+        return self.model.decode(self._tensor(batch.token_ids), view.positions, view)
 
-    def next_token_logits(self, sequences: list[Sequence]) -> Tensor:
-        hidden, view = self.decode(sequences)
-        return self.model.logits(hidden[view.last_tokens]).float().cpu()
-
-    def target_logprobs(self, sequences: list[Sequence]) -> Tensor:
-        return self.model.logits(self.decode(sequences)[0]).float().log_softmax(-1).cpu()
+    def logits(self, batch: Batch) -> Tensor:
+        hidden = self.hidden(batch)
+        return self.model.logits(hidden[self._tensor(batch.selected)]).float().cpu()
 
     def take_seconds(self) -> dict[str, float]:
         return {}
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.storage.device)
-
-
-def source_of(request: Request) -> Source:
-    """Where a request's source is in the cache."""
-    row = request.sequences[0].row
-    assert row is not None and row.source is not None
-    return row.source

@@ -22,7 +22,7 @@ def torch_runner(model: DecoderOnly | EncoderDecoder, options: EngineOptions) ->
     per_block = TensorStorage.bytes_per_block(config, options.block_size, weight.dtype)
     num_blocks = options.num_blocks(config, per_block)
     storage = TensorStorage(config, num_blocks, options.block_size, weight.device, weight.dtype)
-    cache = KVCache(storage, options.max_num_seqs, options.model_length(config))
+    cache = KVCache(storage, options.max_num_seqs, options.model_length(config), options.enable_prefix_caching)
     return TorchRunner(model, cache, storage, None if options.backend == "auto" else options.backend)
 
 
@@ -33,7 +33,7 @@ def native_runner(model: DecoderOnly | EncoderDecoder, weights: NamedWeights, op
     cache_format = _cache_format(config, packed, options)
     num_blocks = options.num_blocks(config, config.depth * cache_format.layer_bytes)
     storage = NativeStorage(config.depth, cache_format, num_blocks)
-    cache = KVCache(storage, options.max_num_seqs, options.model_length(config))
+    cache = KVCache(storage, options.max_num_seqs, options.model_length(config), options.enable_prefix_caching)
     return NativeRunner(lower(model, packed, cache_format), cache, storage, options.num_threads)
 
 

@@ -28,6 +28,7 @@ class SamplingParams:
         stop: strings that end the text; cut off unless include_stop_str_in_output.
         stop_token_ids: tokens that end it besides the end token. ignore_eos: go on after the end token.
         logprobs: None, or how many of the likeliest tokens to report besides the chosen one, 128 at most.
+        prompt_logprobs: the same of each token of the decoder's prompt but the first.
         skip_special_tokens: leave special tokens out of the text.
         min_tokens: no end or stop token before so many others.
         no_repeat_ngram_size: no run of so many tokens occurs twice in prompt and output; 0 is off.
@@ -48,6 +49,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
@@ -71,8 +73,9 @@ class SamplingParams:
         check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             check_integer("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.stop is not None and not isinstance(self.stop, str | list | tuple):
             raise ValueError(f"stop must be a string or a list of them, got {self.stop!r}")
         if any(not isinstance(text, str) or not text for text in self.stop_strings):

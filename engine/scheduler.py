@@ -1,111 +1,229 @@
-"""Who runs in the next step: everyone who is decoding, and newcomers while there is room."""
+"""Who runs in the next step, and with how many tokens: those that decode, then prompts and sources that are read."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+import heapq
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, Source
 from engine.request import Request, Sequence
 
 
 @dataclass
 class Schedule:
-    """One step's samples and beam searches; of the requests behind them the new ones, whose sources come first."""
+    """One step: the sources to encode, and the sequences with the number of tokens to run and of logits wanted."""
 
-    sequences: list[Sequence]
-    searches: list[Request]
-    requests: list[Request]
+    sources: list[Source] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        self.sequences.append(sequence)
+        self.counts.append(count)
+        self.wanted.append(_wanted(sequence, sequence.num_cached, sequence.num_cached + count))
+
+
+def _wanted(sequence: Sequence, start: int, end: int) -> int:
+    """Of how many of the tokens from ``start`` to ``end`` the logits are wanted: the last of them."""
+    scored = sequence.request.scored
+    if scored is not None and start < scored[1] - 1:
+        return max(0, end - max(start, scored[0] - 1))
+    return 1 if end == len(sequence.token_ids) else 0
 
 
 class Scheduler:
-    """First come, first served. A request is admitted whole, when its longest outcome fits into free blocks."""
+    """By priority, then first come, first served.
+
+    A request is admitted when there are rows for all its samples or beams and blocks for all its tokens so far. Its
+    prompt is then read in pieces, as many tokens a step as ``max_num_batched_tokens`` leaves beside those that decode.
+    When blocks run out, the last in order gives back what it holds and waits; it goes on later from its tokens.
+    """
 
     def __init__(self, cache: KVCache, max_num_batched_tokens: int) -> None:
         self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Sequence] = []
-        self.searching: list[Request] = []
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._requests: dict[str, Request] = {}  # all that are not finished
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; aborted ones leave it when they come first
+        self._arrivals = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._requests) - len(self.running)
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.waiting or self.running or self.searching)
-
-    def blocks_needed(self, request: Request) -> int:
-        source = self.cache.blocks_for(len(request.encoder_prompt_token_ids or ()))
-        return source + sum(self.cache.blocks_for(sequence.max_length) for sequence in request.sequences)
+        return bool(self._requests)
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that even an empty engine could not hold."""
-        blocks, rows = self.blocks_needed(request), len(request.sequences)
-        rows_are = "n" if request.beams is None else "beam_width"
+        source = self.cache.blocks_for(len(request.encoder_prompt_token_ids or ()))
+        blocks = source + sum(self.cache.blocks_for(sequence.max_length) for sequence in request.sequences)
+        rows, rows_are = len(request.sequences), "n" if request.beams is None else "beam_width"
         if blocks > self.cache.num_blocks:
             raise ValueError(
                 f"the request needs {blocks} cache blocks and the engine has {self.cache.num_blocks}: lower max_tokens "
                 f"or {rows_are}, or raise kv_cache_memory_bytes"
             )
-        if rows > len(self.cache.tables):
-            raise ValueError(f"{rows_are} is {rows}, more than max_num_seqs {len(self.cache.tables)}")
+        if rows > self.cache.num_rows:
+            raise ValueError(f"{rows_are} is {rows}, more than max_num_seqs {self.cache.num_rows}")
 
     def add(self, request: Request) -> None:
+        """Queues a request. Raises ValueError for one that could never run, or a second one of its id."""
         self.check(request)
-        self.waiting.append(request)
-
-    def schedule(self) -> Schedule:
-        """The next step: everyone who is running, and newcomers while there is room and budget for their prompts."""
-        admitted: list[Request] = []
-        tokens = 0
-        while self.waiting and self._fits(self.waiting[0]):
-            cost = _prefill_tokens(self.waiting[0])
-            if admitted and tokens + cost > self.max_num_batched_tokens:
-                break
-            tokens += cost
-            admitted.append(self._admit(self.waiting.popleft()))
-        return Schedule(self.running, self.searching, admitted)
-
-    def retire(self) -> None:
-        """Frees what finished sequences hold."""
-        for sequence in self._holding_rows():
-            if sequence.finish_reason is not None and sequence.row is not None:
-                self.cache.release(sequence.row, clear=sequence.error is not None)
-                sequence.row = None
-        self.running = [sequence for sequence in self.running if sequence.row is not None]
-        self.searching = [request for request in self.searching if not request.finished]
+        if request.request_id in self._requests:
+            raise ValueError(f"a request {request.request_id!r} is in progress already")
+        self._requests[request.request_id] = request
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        heapq.heappush(self._waiting, (request.order, request))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, waiting or running."""
-        for request in self.waiting:
-            if request.request_id == request_id:
-                for sequence in request.sequences:
-                    sequence.finish("abort")
-        self.waiting = deque(request for request in self.waiting if request.request_id != request_id)
-        for sequence in self._holding_rows():
-            if sequence.request.request_id == request_id:
-                sequence.finish("abort")
-        self.retire()
-
-    def _holding_rows(self) -> Iterator[Sequence]:
-        yield from self.running
-        for request in self.searching:
-            yield from request.sequences
-
-    def _fits(self, request: Request) -> bool:
-        enough_rows = len(request.sequences) <= self.cache.num_free_rows
-        return enough_rows and self.blocks_needed(request) <= self.cache.num_free_blocks
-
-    def _admit(self, request: Request) -> Request:
-        source = None
-        if request.encoder_prompt_token_ids is not None:
-            source = self.cache.take_source(len(request.encoder_prompt_token_ids))
+        """Ends a request, waiting or running, and frees what it holds; one that is not in progress is passed over."""
+        if (request := self._requests.get(request_id)) is None:
+            return
         for sequence in request.sequences:
-            sequence.row = self.cache.take_row(sequence.max_length, source)
-        if request.beams is None:
-            self.running += request.sequences
-        else:
-            self.searching.append(request)
-        return request
+            if sequence.finish_reason is None:
+                sequence.finish("abort")
+        self.retire([request])
 
+    def retire(self, requests: Iterable[Request]) -> None:
+        """Frees what the finished sequences of these requests hold."""
+        for request in requests:
+            finished = request.finished
+            for sequence in request.sequences:
+                if sequence.row is not None and (finished or sequence.finish_reason is not None):
+                    if sequence.error is not None:
+                        self.cache.forget(sequence.row)
+                    self._close(sequence)
+            if finished and self._requests.pop(request.request_id, None) is not None:
+                self._release_source(request)
+                if request in self.running:
+                    self.running.remove(request)
 
-def _prefill_tokens(request: Request) -> int:
-    return len(request.encoder_prompt_token_ids or ()) + sum(len(s.token_ids) for s in request.live)
+    def schedule(self) -> Schedule:
+        """The next step; without sequences where nothing is left to do."""
+        schedule = Schedule()
+        preempted = self.num_preemptions
+        prompts = self._schedule_decodes(schedule)
+        # However many decode, prompts go on.
+        room = max(self.max_num_batched_tokens - len(schedule.sequences), self.cache.block_size)
+        for sequence in prompts:
+            room -= self._schedule_prompt(schedule, sequence, room)
+        if preempted == self.num_preemptions:
+            self._admit(schedule, room)
+        return schedule
+
+    def _schedule_decodes(self, schedule: Schedule) -> list[Sequence]:
+        """Adds the sequences that have one token to run; returns those that have more."""
+        prompts: list[Sequence] = []
+        i = 0
+        while i < len(self.running):
+            request = self.running[i]
+            live = request.live
+            if not all(self._grow(sequence) for sequence in live):
+                self._preempt()
+                continue  # with the same request, unless it was the last
+            i += 1
+            long = [sequence for sequence in live if sequence.num_lacking > 1]
+            prompts += long
+            if request.beams is not None and long:
+                continue  # beams take a step together
+            for sequence in live:
+                if sequence.num_lacking == 1:
+                    self._add(schedule, sequence, 1)
+        return prompts
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Sees to it that the sequence's tokens have blocks; False: there is no room."""
+        assert sequence.row is not None
+        return self.cache.grow(sequence.row, sequence.num_cached, len(sequence.token_ids))
+
+    def _schedule_prompt(self, schedule: Schedule, sequence: Sequence, room: int) -> int:
+        """Adds what fits of the tokens that the cache lacks; returns how many."""
+        together = sequence.request.beams is not None and sequence.request.forked
+        count = min(sequence.num_lacking - together, room)
+        if count > 0:
+            self._add(schedule, sequence, count)
+        return max(count, 0)
+
+    def _add(self, schedule: Schedule, sequence: Sequence, count: int) -> None:
+        schedule.add(sequence, count)
+        assert sequence.row is not None
+        end = sequence.num_cached + count
+        if end - sequence.row.num_known * self.cache.block_size >= self.cache.block_size:
+            self.cache.remember(sequence.row, sequence.token_ids, end)
+
+    def _admit(self, schedule: Schedule, room: int) -> None:
+        """Lets the first of those that wait in, as long as there is room for them and tokens left in this step."""
+        while self._waiting and room > 0:
+            request = self._waiting[0][1]
+            encoder_tokens = len(request.encoder_prompt_token_ids or ())
+            # A source is read in one piece; the first of a step may be longer than the step.
+            if (schedule.sources and encoder_tokens > room) or not self._open(request):
+                return
+            heapq.heappop(self._waiting)
+            insort(self.running, request, key=lambda each: each.order)
+            if request.source is not None:
+                self.cache.count_source(request.source)
+                if not request.source.encoded and request.source not in schedule.sources:
+                    schedule.sources.append(request.source)
+                    room = max(room - encoder_tokens, 1)
+            for sequence in request.live:
+                room -= self._schedule_prompt(schedule, sequence, room)
+
+    def _open(self, request: Request) -> bool:
+        """Takes rows and blocks for all tokens of a request; False, and nothing is taken, where there are too few."""
+        sequences = [sequence for sequence in request.sequences if sequence.finish_reason is None]
+        if len(sequences) > self.cache.num_free_rows:
+            return False
+        if request.encoder_prompt_token_ids is not None:
+            request.source = self.cache.take_source(request.encoder_prompt_token_ids)
+            if request.source is None:
+                return False
+        for sequence in sequences:
+            sequence.row = self.cache.open_row(request.source)
+        live = request.live
+        # Those that run will each want another block soon: who is let in without them is the next to be sent back.
+        reserve = sum(len(other.live) for other in self.running)
+        fits = all(self._fill(sequence) for sequence in live) and self.cache.pool.num_available >= reserve
+        if not fits:
+            self._close_all(request)
+        return fits
+
+    def _fill(self, sequence: Sequence) -> bool:
+        """Gives an empty row its tokens, the blocks that are known of them and room for the rest; False: too little."""
+        row, token_ids, scored = sequence.row, sequence.token_ids, sequence.request.scored
+        assert row is not None
+        prefix = self.cache.take_prefix(row, token_ids if scored is None else token_ids[: scored[0]])
+        sequence.num_cached = prefix
+        if not self._grow(sequence):
+            return False
+        self.cache.tokens[row.index, : len(token_ids)] = token_ids
+        return True
+
+    def _preempt(self) -> None:
+        """Takes everything from the running request that is last in order, and lets it wait."""
+        request = self.running.pop()
+        self._close_all(request)
+        self.num_preemptions += 1
+        heapq.heappush(self._waiting, (request.order, request))
+
+    def _close_all(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if sequence.row is not None:
+                self._close(sequence)
+        self._release_source(request)
+
+    def _close(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self.cache.close_row(sequence.row)
+        sequence.row, sequence.num_cached = None, 0
+
+    def _release_source(self, request: Request) -> None:
+        if request.source is not None:
+            self.cache.drop_source(request.source)
+            request.source = None

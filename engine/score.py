@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
-
-from engine.engine import Engine
 from engine.prompts import Prompt, PromptReader
 from engine.request import Request, ScoreOutput
 from engine.sampling import SamplingParams
@@ -29,6 +25,7 @@ def score_request(reader: PromptReader, request_id: str, prompt: Prompt, target:
         raise ValueError(
             f"prompt and target are {sequence.max_length} tokens, beyond max_model_len {reader.max_model_len}"
         )
+    request.scored, request.only_scores = (len(request.prompt_token_ids), sequence.max_length), True
     return request
 
 
@@ -41,24 +38,9 @@ def _whole_output(generation: GenerationConfig, target_ids: list[int], num_promp
     return target_ids if not ends or target_ids[-1:] == [*ends] else [*target_ids, *ends]
 
 
-@torch.inference_mode()
-def score_step(engine: Engine) -> dict[str, ScoreOutput]:
-    """Scores the next queued requests that fit, by request id."""
-    schedule = engine.scheduler.schedule()
-    encoded = [request for request in schedule.requests if request.encoder_prompt_token_ids is not None]
-    if encoded:
-        engine.runner.encode(encoded)
-    logprobs = engine.runner.target_logprobs(schedule.sequences)
-    results, start = {}, 0
-    for sequence in schedule.sequences:
-        end = start + len(sequence.token_ids)
-        target = sequence.output_ids
-        rows = logprobs[start + sequence.num_prompt - 1 : end - 1]
-        chosen = rows.gather(1, torch.tensor(target)[:, None])[:, 0].tolist()
-        results[sequence.request.request_id] = ScoreOutput(target, chosen, sum(chosen))
-        # What is not finite must not stay behind in the cache: see KVCache.release.
-        finite = all(map(math.isfinite, chosen))
-        sequence.finish("stop" if finite else "error", error=None if finite else "the model gave no finite logits")
-        start = end
-    engine.scheduler.retire()
-    return results
+def score_output(request: Request) -> ScoreOutput:
+    """What the caller gets of a finished request that only scores."""
+    (sequence,) = request.sequences
+    target = sequence.output_ids
+    logprobs = [entry[token_id].logprob for entry, token_id in zip(request.scores, target, strict=True)]
+    return ScoreOutput(target, logprobs, sum(logprobs))

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.batch import Batch
 from engine.kv_cache import KVCache, Table
 from kernels.attention_options import AttentionOptions
 from kernels.paged_attention import append_to_cache, paged_attention
@@ -73,31 +74,18 @@ class TensorStorage:
 
 
 class CacheView:
-    """The cache as one step's batch sees it: the protocol ``models.cache.Cache``.
+    """The cache as one step's batch sees it: the protocol ``models.cache.Cache``."""
 
-    ``rows`` are the sequences' rows, each with ``starts`` tokens in the cache and ``counts`` new ones in this step.
-    """
-
-    def __init__(
-        self,
-        cache: KVCache,
-        storage: TensorStorage,
-        rows: NDArray[np.int64],
-        starts: Table,
-        counts: Table,
-        backend: str | None,
-    ) -> None:
+    def __init__(self, cache: KVCache, storage: TensorStorage, batch: Batch, backend: str | None) -> None:
         self.cache, self.storage, self.backend = cache, storage, backend
-        ends = starts + counts
-        offsets = np.concatenate(([0], np.cumsum(counts)))
-        positions = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
-        self.slots = storage.slots_of(cache.slots(np.repeat(rows, counts), positions))
-        self.positions = self._tensor(positions)
-        self.last_tokens = self._tensor(offsets[1:] - 1)
+        self.slots = storage.slots_of(cache.slots(batch.rows_of_tokens, batch.positions))
+        self.positions = self._tensor(batch.positions)
         # Runs of those that decode one token, and of newcomers with longer prompts: a backend that pads would
         # otherwise pad every one of the first to the longest of the others.
-        cuts = [0, *(np.flatnonzero(np.diff(counts > 1)) + 1).tolist(), len(rows)]
-        self.parts = [self._part(rows[a:b], ends[a:b], offsets[a : b + 1]) for a, b in itertools.pairwise(cuts)]
+        cuts = [0, *(np.flatnonzero(np.diff(batch.counts > 1)) + 1).tolist(), len(batch.rows)]
+        self.parts = [
+            self._part(batch.rows[a:b], batch.ends[a:b], batch.offsets[a : b + 1]) for a, b in itertools.pairwise(cuts)
+        ]
 
     def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         self.storage.append(layer, k, v, self.slots)
@@ -122,7 +110,7 @@ class CacheView:
         ]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
-    def _part(self, rows: NDArray[np.int64], ends: Table, offsets: NDArray[np.int64]) -> Part:
+    def _part(self, rows: NDArray[np.int64], ends: Table, offsets: Table) -> Part:
         source_lengths = self.cache.source_lengths[rows]
         width, source_width = (self.cache.blocks_for(int(lengths.max())) for lengths in (ends, source_lengths))
         return Part(

@@ -130,10 +130,10 @@ def test_a_search_does_not_notice_what_runs_beside_it(architecture: str) -> None
 def test_every_block_and_row_is_free_again(architecture: str) -> None:
     llm = LLM.from_model(decisive_model(architecture), None, device="cpu", block_size=4)
     cache = llm.engine.cache
-    before = cache.num_free_blocks, cache.num_free_rows
+    before = cache.pool.num_available, cache.num_free_rows
     llm.beam_search(prompts(), PARAMS)
-    assert (cache.num_free_blocks, cache.num_free_rows) == before
-    assert len(set(cache._free_blocks)) == cache.num_blocks
+    assert (cache.pool.num_available, cache.num_free_rows) == before
+    assert not any(cache.pool.holders)
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
@@ -184,7 +184,7 @@ def test_a_search_that_is_not_finite_fails_alone(architecture: str) -> None:
 def test_a_search_that_is_interrupted_frees_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM.from_model(decisive_model("decoder_only"), None, device="cpu")
     free = llm.engine.cache.num_free_rows
-    run, steps = llm.engine.runner.next_token_logits, iter(range(3))
+    run, steps = llm.engine.runner.logits, iter(range(3))
 
     def interrupt(sequences: list[Any]) -> torch.Tensor:
         if next(steps, None) is None:
@@ -192,7 +192,7 @@ def test_a_search_that_is_interrupted_frees_the_engine(monkeypatch: pytest.Monke
         return run(sequences)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "next_token_logits", interrupt)
+        patch.setattr(llm.engine.runner, "logits", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.beam_search(prompts(), PARAMS)
     assert not llm.engine.has_unfinished_requests()

@@ -76,12 +76,12 @@ def test_a_request_gives_the_same_tokens_alone_and_among_others(architecture: st
 def test_every_block_and_row_is_free_again_when_all_is_done() -> None:
     llm = LLM.from_model(tiny_model("encoder_decoder"), None, device="cpu")
     cache = llm.engine.cache
-    before = cache.num_free_blocks, cache.num_free_rows
+    before = cache.pool.num_available, cache.num_free_rows
     llm.generate(prompts(), SamplingParams(max_tokens=5, n=3), use_tqdm=False)
     next(stream := llm.stream(prompts(), SamplingParams(max_tokens=50)))
     stream.close()
-    assert (cache.num_free_blocks, cache.num_free_rows) == before
-    assert len(set(cache._free_blocks)) == cache.num_blocks
+    assert (cache.pool.num_available, cache.num_free_rows) == before
+    assert not any(cache.pool.holders)
     assert not llm.engine.has_unfinished_requests()
 
 

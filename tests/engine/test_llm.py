@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Vocabulary
 from tokenizers.processors import TemplateProcessing
 
 from engine import LLM, SamplingParams
+from engine.batch import Batch
 from models import DecoderOnly, EncoderDecoder, load
 from models.tokenizer import Tokenizer, train_vocabulary
 from tests.conftest import TEXTS, tiny_model
@@ -94,10 +95,10 @@ class Scripted:
     def __init__(self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer, text: str) -> None:
         self.tokenizer, self.ids, self.step = tokenizer, [*tokenizer.encode_target(text), 2], 0
         self.llm = LLM.from_model(model, tokenizer, device="cpu")
-        self.llm.engine.runner.next_token_logits = self.next_token_logits  # type: ignore[method-assign]
+        self.llm.engine.runner.logits = self.logits  # type: ignore[method-assign]
 
-    def next_token_logits(self, sequences: list[object]) -> torch.Tensor:
-        logits = torch.full((len(sequences), self.tokenizer.target_vocab_size), -10.0)
+    def logits(self, batch: Batch) -> torch.Tensor:
+        logits = torch.full((int(batch.wanted.sum()), self.tokenizer.target_vocab_size), -10.0)
         logits[:, self.ids[self.step]] = 10.0
         self.step += 1
         return logits
@@ -296,7 +297,7 @@ def test_the_engine_survives_a_call_that_fails(llm: LLM, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "next_token_logits", interrupt)
+        patch.setattr(llm.engine.runner, "logits", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["abc", "xyz"], GREEDY, use_tqdm=False)
     assert not llm.engine.has_unfinished_requests()
