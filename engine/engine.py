@@ -32,18 +32,24 @@ class Outlets:
 
 
 class Engine:
-    """Runs requests to their end, a step at a time; requests join and leave between steps."""
+    """Runs requests to their end, a step at a time; requests join and leave between steps.
+
+    Where ``weights_may_change`` while it is idle, the cache keeps nothing from before.
+    """
 
     def __init__(
         self, runner: Runner, tokenizer: Tokenizer | None, max_num_batched_tokens: int, num_threads: int | None
     ) -> None:
         self.tokenizer, self.num_threads = tokenizer, num_threads
+        self.weights_may_change = False
         self.runner, self.cache = runner, runner.cache
         self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
         self.columns = SamplingColumns()
         self._sampling = 0.0
 
     def add_request(self, request: Request) -> None:
+        if self.weights_may_change and not self.scheduler.has_unfinished:
+            self.cache.forget_all()
         self.scheduler.add(request)
 
     def has_unfinished_requests(self) -> bool:

@@ -111,11 +111,6 @@ class KVCache:
             self.pool.name(source)
         return source
 
-    def count_source(self, source: Source) -> None:
-        """Takes note of a request's source for the metrics."""
-        self.counts.source_tokens += len(source.token_ids)
-        self.counts.source_hits += len(source.token_ids) if source.encoded else 0
-
     def drop_source(self, source: Source) -> None:
         if not source.encoded:
             self.pool.forget(source.blocks)

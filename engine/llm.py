@@ -104,6 +104,7 @@ class LLM:
             checked.check_native(own)
             weights = live_weights(model, checked.quantization)
         llm._start(model.eval(), tokenizer, checked, weights)
+        llm.engine.weights_may_change = weights is None
         return llm
 
     def _start(

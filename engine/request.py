@@ -173,6 +173,7 @@ class Request:
     arrival: int = 0
     scores: list[dict[int, Logprob]] = field(default_factory=list)  # of the tokens that are ``scored``, so far
     source: Source | None = None  # while it runs
+    counted: bool = False  # in the cache's hits
     forked: bool = False  # all samples or beams have tokens of their own; before, the first stands for all
 
     def __post_init__(self) -> None:

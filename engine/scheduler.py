@@ -161,19 +161,31 @@ class Scheduler:
         """Lets the first of those that wait in, as long as there is room for them and tokens left in this step."""
         while self._waiting and room > 0:
             request = self._waiting[0][1]
+            if request.finished:  # aborted
+                heapq.heappop(self._waiting)
+                continue
             encoder_tokens = len(request.encoder_prompt_token_ids or ())
             # A source is read in one piece; the first of a step may be longer than the step.
             if (schedule.sources and encoder_tokens > room) or not self._open(request):
                 return
             heapq.heappop(self._waiting)
             insort(self.running, request, key=lambda each: each.order)
-            if request.source is not None:
-                self.cache.count_source(request.source)
-                if not request.source.encoded and request.source not in schedule.sources:
-                    schedule.sources.append(request.source)
-                    room = max(room - encoder_tokens, 1)
+            if not request.counted:
+                self._count(request)
+            if request.source is not None and not request.source.encoded and request.source not in schedule.sources:
+                schedule.sources.append(request.source)
+                room = max(room - encoder_tokens, 1)
             for sequence in request.live:
                 room -= self._schedule_prompt(schedule, sequence, room)
+
+    def _count(self, request: Request) -> None:
+        """Takes note of what the cache had of a request when it was first let in."""
+        counts, request.counted = self.cache.counts, True
+        counts.prompt_tokens += request.num_prompt
+        counts.prompt_hits += request.sequences[0].num_cached
+        if request.source is not None:
+            counts.source_tokens += len(request.source.token_ids)
+            counts.source_hits += len(request.source.token_ids) if request.source.encoded else 0
 
     def _open(self, request: Request) -> bool:
         """Takes rows and blocks for all tokens of a request; False, and nothing is taken, where there are too few."""

@@ -14,7 +14,7 @@ def add_scores(sequence: Sequence, logits: Tensor, tokenizer: Tokenizer | None) 
     """Adds to the request's ``scores`` what a step's logits (rows, vocab) say of the tokens that come next.
 
     The rows are those of consecutive tokens, the last of them the last that has run. Where they are not finite, the
-    sequence ends with an error.
+    request ends with an error.
     """
     request = sequence.request
     assert request.scored is not None
@@ -24,7 +24,9 @@ def add_scores(sequence: Sequence, logits: Tensor, tokenizer: Tokenizer | None) 
     logprobs = logits[:count].log_softmax(-1)
     chosen = logprobs.gather(1, targets[:, None])
     if not bool(chosen.isfinite().all()):
-        sequence.finish("error", error="the model gives no finite logits")
+        request.scores.clear()
+        for each in request.sequences:
+            each.finish("error", error="the model gives no finite logits")
         return
     ranks = ((logprobs > chosen).sum(1) + 1).tolist()
     wanted = request.params.prompt_logprobs or 0
