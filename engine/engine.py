@@ -11,7 +11,9 @@ from torch import Tensor
 from engine.batch import Batch, Table
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
+from engine.kv_cache import Source
 from engine.logits_rules import apply_to_samples
+from engine.metrics import EngineMetrics, StepClock
 from engine.request import Request, Sequence
 from engine.runner import Runner
 from engine.sampling_batch import SamplingColumns
@@ -45,6 +47,7 @@ class Engine:
         self.runner, self.cache = runner, runner.cache
         self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
         self.columns = SamplingColumns()
+        self.clock = StepClock()
         self._sampling = 0.0
 
     def add_request(self, request: Request) -> None:
@@ -56,11 +59,14 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def abort(self, request_id: str) -> None:
-        self.scheduler.abort(request_id)
+        request = self.scheduler.abort(request_id)
+        if request is not None:
+            _tell([request])
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """Runs one step; returns the requests that got something, finished ones included (none when idle)."""
+        self.clock.start()
         schedule = self.scheduler.schedule()
         if not schedule.sequences:
             return []
@@ -72,7 +78,34 @@ class Engine:
             advance_searches(outlets.searches, logits, self.cache)
         changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
+        self.clock.stop(len(outlets.samples) + sum(len(request.live) for request in outlets.searches))
+        _tell(changed)
         return changed
+
+    def metrics(self) -> EngineMetrics:
+        return self.clock.metrics(self.scheduler)
+
+    @torch.inference_mode()
+    def encode(self, sources: list[list[int]]) -> list[Tensor]:
+        """Hidden states, float32 (tokens, dim), of the first of these sources: as many as a step and the cache take.
+
+        Where others hold the cache it takes a step for them instead, and returns none.
+        """
+        taken: list[Source] = []
+        room = self.scheduler.max_num_batched_tokens
+        for token_ids in sources:
+            if (taken and len(token_ids) > room) or (source := self.cache.new_source(token_ids)) is None:
+                break
+            taken.append(source)
+            room -= len(token_ids)
+        if not taken:
+            self.step()
+            return []
+        try:
+            return self.runner.encode(taken)
+        finally:
+            for source in taken:
+                self.cache.drop_source(source)
 
     def _run(self, schedule: Schedule) -> Tensor:
         """Logits of the tokens that the schedule wants them of, packed."""
@@ -150,6 +183,18 @@ class Engine:
         """Seconds since the last call, by what they went into: sampling, and what the runner tells apart."""
         seconds, self._sampling = self._sampling, 0.0
         return {**self.runner.take_seconds(), "sampling": seconds}
+
+
+def _tell(requests: list[Request]) -> None:
+    """Stamps what has happened to requests, and tells those who listen."""
+    now = time.perf_counter()
+    for request in requests:
+        if request.metrics.first_token_time is None and request.forked:
+            request.metrics.first_token_time = now
+        if request.finished:
+            request.metrics.finished_time = now
+        if request.on_change is not None:
+            request.on_change(request)
 
 
 def _batch(schedule: Schedule, tokens: Table) -> Batch:

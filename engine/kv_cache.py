@@ -104,12 +104,16 @@ class KVCache:
             assert isinstance(known, Source)
             self.pool.hold(known.blocks)
             return known
-        if (count := self.blocks_for(len(token_ids))) > self.pool.num_available:
-            return None
-        source = Source(key, self.pool.take(count), token_ids=token_ids)
-        if self.enable_prefix_caching:
+        source = self.new_source(token_ids)
+        if source is not None and self.enable_prefix_caching:
             self.pool.name(source)
         return source
+
+    def new_source(self, token_ids: list[int]) -> Source | None:
+        """A source that nobody finds, to be encoded; None: there is no room."""
+        if (count := self.blocks_for(len(token_ids))) > self.pool.num_available:
+            return None
+        return Source(("source", *token_ids), self.pool.take(count), token_ids=token_ids)
 
     def drop_source(self, source: Source) -> None:
         if not source.encoded:

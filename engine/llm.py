@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich import get_console
 from rich.progress import Progress
 
 from engine.beam_params import BeamSearchParams
-from engine.beam_requests import search_output, search_request
-from engine.defaults import default_params
+from engine.beam_requests import search_output
 from engine.detokenize import released_text
 from engine.engine import Engine
+from engine.intake import AnyParams, Intake, Params, Prompts
+from engine.metrics import EngineMetrics
 from engine.options import EngineOptions, resolve_device, resolve_dtype
 from engine.outputs import output_of
 from engine.prompts import Prompt, PromptReader
-from engine.request import BeamSearchOutput, Delta, Request, RequestOutput, ScoreOutput, Sequence
+from engine.request import BeamSearchOutput, Delta, EncoderOutput, Request, RequestOutput, ScoreOutput, Sequence
 from engine.runners import native_runner, torch_runner
-from engine.sampling import SamplingParams
+from engine.sampling import SamplingParams, check_priority
 from engine.score import score_output, score_request
 from models import checkpoint
 from models.assembly import NamedWeights
@@ -36,10 +35,6 @@ from models.generation import GenerationConfig
 from models.native import live_weights
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
-
-Prompts = Prompt | SequenceOf[Prompt]
-Params = SamplingParams | SequenceOf[SamplingParams] | None
-T = TypeVar("T")
 
 
 class LLM:
@@ -121,29 +116,29 @@ class LLM:
         self.max_model_len = options.model_length(self.config)
         runner = torch_runner(model, options) if weights is None else native_runner(model, weights, options)
         self.engine = Engine(runner, tokenizer, options.step_tokens, options.num_threads)
-        self._request_ids = itertools.count()
         self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
-        self._seeds = random.Random(options.seed)
-        self._lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
+        self.intake = Intake(self.reader, options.seed)
+        self.lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
 
-    def generate(self, prompts: Prompts, params: Params = None, use_tqdm: bool = True) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompts, params: Params = None, use_tqdm: bool = True, *, priority: SequenceOf[int] | None = None
+    ) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the prompts' order. For an encoder-decoder a prompt is the source.
 
         ``params`` are one for all or one a prompt; without any, the model's own generation_config.json counts, a beam
-        search included. ``use_tqdm`` shows a progress bar. Raises ValueError for a bad prompt or parameter before
+        search included. ``use_tqdm`` shows a progress bar; of ``priority``, one number a prompt, lower ones come first.
+        Raises ValueError for a bad prompt or parameter before
         anything runs.
         """
-        requests = self._requests(prompts, params, beams=True)
-        pending = _in_reverse(requests)
-        total = len(pending)
-        with (
-            self._queued(requests),
-            Progress(disable=not (use_tqdm and _can_show_progress()), transient=True) as progress,
-        ):
-            task = progress.add_task("generating", total=total)
-            while pending:
-                self._step_for(pending)
-                progress.update(task, completed=total - len(pending))
+        requests = self.intake.requests(prompts, params, beams=True)
+        if priority is not None:
+            if len(priority) != len(requests):
+                raise ValueError(f"{len(requests)} prompts but {len(priority)} priorities: give one each")
+            for request, own in zip(requests, priority, strict=True):
+                request.priority = check_priority(own)
+        with Progress(disable=not (use_tqdm and _can_show_progress()), transient=True) as progress:
+            task = progress.add_task("generating", total=sum(len(request.sequences) for request in requests))
+            self._run(requests, lambda finished: progress.update(task, completed=finished))
         return [output_of(request, self.tokenizer) for request in requests]
 
     def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
@@ -152,7 +147,7 @@ class LLM:
         Without ``params`` the model's own defaults count, but greedy search stands for beams, which cannot be streamed.
         Closing the iterator aborts what is left.
         """
-        requests = self._requests(prompts, params)
+        requests = self.intake.requests(prompts, params)
         sent: dict[tuple[int, int], tuple[int, int]] = {}
         unfinished = [(i, sequence) for i, request in enumerate(requests) for sequence in request.sequences]
         pending = _in_reverse(requests)
@@ -178,18 +173,8 @@ class LLM:
         ``params`` are one for all or one a prompt; without any, the model's own. Raises ValueError for a bad prompt or
         parameter before anything runs, and for a model that asks for no beams where none are given.
         """
-        if params is None:
-            requests = self._requests(prompts, None, beams=True)
-            if any(request.beams is None for request in requests):
-                raise ValueError("the model's generation_config.json asks for no beams: give BeamSearchParams")
-        else:
-            requests = [
-                search_request(self.reader, self._next_id(), prompt, own) for prompt, own in _paired(prompts, params)
-            ]
-        pending = _in_reverse(requests)
-        with self._queued(requests):
-            while pending:
-                self._step_for(pending)
+        requests = self.intake.searches(prompts, params)
+        self._run(requests)
         return [search_output(request, self.tokenizer) for request in requests]
 
     def chat(
@@ -244,14 +229,11 @@ class LLM:
 
     def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams) -> None:
         """Raises the ValueError that ``generate``, or ``beam_search``, would."""
-        if isinstance(params, BeamSearchParams):
-            self.engine.scheduler.check(search_request(self.reader, "", prompt, params))
-        else:
-            self.engine.scheduler.check(self._request(prompt, params))
+        self.engine.scheduler.check(self.intake.request(prompt, params))
 
     def prompt_length(self, prompt: Prompt) -> int:
         """How many tokens the decoder's prompt has, start token included."""
-        return len(self.reader.request("", prompt, SamplingParams(), seed=0).prompt_token_ids)
+        return self.intake.prompt_length(prompt)
 
     def score(self, prompts: SequenceOf[Prompt], targets: SequenceOf[str | SequenceOf[int]]) -> list[ScoreOutput]:
         """The log-probability of each target after its prompt: of an encoder-decoder's whole output (the end token
@@ -260,17 +242,76 @@ class LLM:
         if not lists or len(prompts) != len(targets):
             raise ValueError("score takes a list of prompts and a list of as many targets")
         requests = [
-            score_request(self.reader, self._next_id(), prompt, target)
+            score_request(self.reader, self.intake.next_id(), prompt, target)
             for prompt, target in zip(prompts, targets, strict=True)
         ]
-        pending = _in_reverse(requests)
-        with self._queued(requests):
-            while pending:
-                self._step_for(pending)
+        self._run(requests)
         for i, request in enumerate(requests):
             if (error := request.sequences[0].error) is not None:
                 raise ValueError(f"{error} for target {i}")
         return [score_output(request) for request in requests]
+
+    def encode(self, prompts: Prompts) -> list[EncoderOutput]:
+        """The encoder's hidden states of each source, as many of them at once as a step takes.
+
+        Raises ValueError for a bad prompt, and for a model that has no encoder.
+        """
+        if not self.config.is_encoder_decoder:
+            raise ValueError("the model has no encoder: encode takes an encoder-decoder model")
+        requests = self.intake.requests(prompts, SamplingParams())
+        sources = [request.encoder_prompt_token_ids or [] for request in requests]
+        for request in requests:
+            self.engine.scheduler.check(request)
+        hidden: list[torch.Tensor] = []
+        while len(hidden) < len(sources):
+            with self.lock:
+                hidden += self.engine.encode(sources[len(hidden) :])
+        return [EncoderOutput(token_ids, each) for token_ids, each in zip(sources, hidden, strict=True)]
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: AnyParams = None, priority: int = 0
+    ) -> None:  # fmt: skip
+        """Queues one prompt for ``step``; a lower ``priority`` comes first. Without ``params`` the model's own count.
+
+        Raises ValueError for a bad prompt, parameter or priority, and for an id that is in progress.
+        """
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id must be a string, got {request_id!r:.80}")
+        request = self.intake.request(prompt, params, request_id=request_id)
+        request.priority = check_priority(priority)
+        with self.lock:
+            self.engine.add_request(request)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step of everything that is queued; the outputs so far of the requests that it carried on."""
+        with self.lock:
+            return [output_of(request, self.tokenizer) for request in self.engine.step()]
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees what it holds at once; one that is not in progress is passed over."""
+        with self.lock:
+            self.engine.abort(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.engine.has_unfinished_requests()
+
+    def get_metrics(self) -> EngineMetrics:
+        """How much is running and waiting, how full the cache is, and how fast the engine has been."""
+        with self.lock:
+            return self.engine.metrics()
+
+    def _run(self, requests: list[Request], show: Callable[[int], None] = lambda finished: None) -> None:
+        """Runs requests to their end, those first that may take longest: none of them is then left alone at the end.
+
+        ``show`` is told how many sequences are finished, after each step.
+        """
+        ordered = sorted(requests, key=_hoped_length, reverse=True)
+        pending = _in_reverse(ordered)
+        total = len(pending)
+        with self._queued(ordered):
+            while pending:
+                self._step_for(pending)
+                show(total - len(pending))
 
     @contextlib.contextmanager
     def _queued(self, requests: list[Request]) -> Iterator[None]:
@@ -278,12 +319,12 @@ class LLM:
         for request in requests:
             self.engine.scheduler.check(request)
         try:
-            with self._lock:
+            with self.lock:
                 for request in requests:
                     self.engine.add_request(request)
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 for request in requests:
                     if not request.finished:
                         self.engine.abort(request.request_id)
@@ -293,54 +334,16 @@ class LLM:
 
         Takes finished ones off the end of ``pending``, so that all of a call's steps together look at each but once.
         """
-        with self._lock:
+        with self.lock:
             while pending and pending[-1].finish_reason is not None:
                 pending.pop()
             if pending:
                 self.engine.step()
 
-    def _requests(self, prompts: Prompts, params: Params, beams: bool = False) -> list[Request]:
-        """Every prompt, read and checked; nothing is queued yet. ``beams``: whether defaults may ask for a search."""
-        if params is not None:
-            return [self._request(prompt, own) for prompt, own in _paired(prompts, params)]
-        return [self._default_request(prompt, beams) for prompt, _ in _paired(prompts, None)]
-
-    def _default_request(self, prompt: Prompt, beams: bool) -> Request:
-        generation = self.reader.generation
-        if generation.unsupported:
-            raise ValueError(
-                f"the model's generation_config.json asks for {generation.unsupported[0]}, which is not supported: "
-                "give params instead"
-            )
-        params = default_params(generation.defaults, self.prompt_length(prompt), beams)
-        if isinstance(params, SamplingParams):
-            return self._request(prompt, params)
-        return search_request(self.reader, self._next_id(), prompt, params)
-
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        return self.reader.request(self._next_id(), prompt, params, seed)
-
-    def _next_id(self) -> str:
-        return str(next(self._request_ids))
-
 
 def _check_vocabulary(tokens: int, rows: int) -> None:
     if tokens > rows:
         raise ValueError(f"the tokenizer has {tokens} tokens, the model {rows}")
-
-
-def _paired(prompts: Prompts, params: T | SequenceOf[T]) -> list[tuple[Prompt, T]]:
-    """Every prompt with its parameters, which are one for all or one a prompt. Raises ValueError for anything else."""
-    if not isinstance(prompts, str | Mapping | SequenceOf):
-        raise ValueError(f"prompts are a prompt or a list of them, got {prompts!r:.80}")
-    several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-    each = params if isinstance(params, list | tuple) else [params] * len(several)
-    if len(each) != len(several):
-        raise ValueError(f"{len(several)} prompts but {len(each)} params: give one for all, or one each")
-    return list(zip(several, each, strict=True))
 
 
 def _can_show_progress() -> bool:
@@ -351,6 +354,10 @@ def _can_show_progress() -> bool:
 def _in_reverse(requests: list[Request]) -> list[Sequence]:
     """All sequences of the requests, the last first: the first ones, which finish first, are at the end."""
     return [sequence for request in reversed(requests) for sequence in reversed(request.sequences)]
+
+
+def _hoped_length(request: Request) -> int:
+    return len(request.encoder_prompt_token_ids or ()) + request.sequences[0].max_length
 
 
 def _sent_all(sequence: Sequence, sent: tuple[int, int]) -> bool:

@@ -11,6 +11,7 @@ def output_of(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
     return RequestOutput(
         request.request_id, request.prompt, request.prompt_token_ids, _completions(request, tokenizer),
         request.finished, request.encoder_prompt, request.encoder_prompt_token_ids, _prompt_logprobs(request),
+        request.metrics,
     )  # fmt: skip
 
 

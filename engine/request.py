@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from torch import Tensor
 
 from engine.logits_rules import NO_RULES, GenerationRules
 from engine.sampling import SamplingParams
@@ -23,6 +27,15 @@ class Logprob(NamedTuple):
     logprob: float
     rank: int
     decoded_token: str | None = None
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to a request, in seconds of ``time.perf_counter``; None: not yet."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
 
 
 @dataclass
@@ -51,6 +64,7 @@ class RequestOutput:
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,14 @@ class ScoreOutput:
     token_ids: list[int]
     logprobs: list[float]
     total: float
+
+
+@dataclass
+class EncoderOutput:
+    """A source's token ids, and the encoder's hidden states of them: float32 (tokens, dim)."""
+
+    token_ids: list[int]
+    hidden: Tensor
 
 
 @dataclass
@@ -172,6 +194,8 @@ class Request:
     priority: int = 0
     arrival: int = 0
     scores: list[dict[int, Logprob]] = field(default_factory=list)  # of the tokens that are ``scored``, so far
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
+    on_change: Callable[[Request], None] | None = None  # called after each step that carried it on, and when it ends
     source: Source | None = None  # while it runs
     counted: bool = False  # in the cache's hits
     forked: bool = False  # all samples or beams have tokens of their own; before, the first stands for all

@@ -115,3 +115,10 @@ def check_integer(name: str, value: object, low: int, high: int | None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
+
+
+def check_priority(value: object) -> int:
+    """Raises ValueError unless ``value`` is an integer of 32 bits."""
+    check_integer("priority", value, -(2**31), 2**31 - 1)
+    assert isinstance(value, int)
+    return value

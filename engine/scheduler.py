@@ -81,14 +81,15 @@ class Scheduler:
         self._arrivals += 1
         heapq.heappush(self._waiting, (request.order, request))
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request, waiting or running, and frees what it holds; one that is not in progress is passed over."""
+    def abort(self, request_id: str) -> Request | None:
+        """Ends a request, waiting or running, and frees what it holds; None: there is none of this id in progress."""
         if (request := self._requests.get(request_id)) is None:
-            return
+            return None
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 sequence.finish("abort")
         self.retire([request])
+        return request
 
     def retire(self, requests: Iterable[Request]) -> None:
         """Frees what the finished sequences of these requests hold."""

@@ -1,0 +1,75 @@
+"""What the engine tells of its work: of each request, and of all together."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from engine.scheduler import Scheduler
+
+RECENT = 256  # steps that rates and times are taken over
+
+
+@dataclass(frozen=True)
+class EngineMetrics:
+    """The state of an engine, and its work so far.
+
+    Attributes:
+        num_running, num_waiting: requests, those that were sent back to wait included.
+        cache_usage: share of the blocks that running requests hold, 0 to 1; known content that is kept is not counted.
+        prefix_hit_rate, source_hit_rate: share of the tokens of decoder prompts, and of sources, found in the cache.
+        num_preemptions: how often a request was sent back for want of blocks.
+        num_steps, num_tokens: steps run, tokens generated (a beam search's: those of all its beams).
+        tokens_per_second, step_seconds: generated tokens per second of stepping, and the mean step, over the last 256.
+    """
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float
+    prefix_hit_rate: float
+    source_hit_rate: float
+    num_preemptions: int
+    num_steps: int
+    num_tokens: int
+    tokens_per_second: float
+    step_seconds: float
+
+
+class StepClock:
+    """Counts steps and tokens, and times the recent ones."""
+
+    def __init__(self) -> None:
+        self.num_steps = self.num_tokens = 0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        self._start = 0.0
+
+    def start(self) -> float:
+        self._start = time.perf_counter()
+        return self._start
+
+    def stop(self, num_tokens: int) -> None:
+        self._recent.append((time.perf_counter() - self._start, num_tokens))
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+
+    def metrics(self, scheduler: Scheduler) -> EngineMetrics:
+        cache = scheduler.cache
+        seconds, tokens = (sum(values) for values in zip(*self._recent, strict=True)) if self._recent else (0.0, 0)
+        counts = cache.counts
+        return EngineMetrics(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            cache_usage=cache.pool.num_held / cache.num_blocks,
+            prefix_hit_rate=_share(counts.prompt_hits, counts.prompt_tokens),
+            source_hit_rate=_share(counts.source_hits, counts.source_tokens),
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self.num_steps,
+            num_tokens=self.num_tokens,
+            tokens_per_second=_share(tokens, seconds),
+            step_seconds=_share(seconds, len(self._recent)),
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
