@@ -111,7 +111,8 @@ class Scheduler:
         preempted = self.num_preemptions
         prompts = self._schedule_decodes(schedule)
         # However many decode, prompts go on.
-        room = max(self.max_num_batched_tokens - len(schedule.sequences), self.cache.block_size)
+        least = max(1, min(self.cache.block_size, self.max_num_batched_tokens // 2))
+        room = max(self.max_num_batched_tokens - len(schedule.sequences), least)
         for sequence in prompts:
             room -= self._schedule_prompt(schedule, sequence, room)
         if preempted == self.num_preemptions:

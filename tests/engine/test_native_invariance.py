@@ -179,3 +179,33 @@ def test_a_folder_is_served_as_the_model_in_it(kind: str, tmp_path: Path) -> Non
         ours = LLM(folder, device="cpu", dtype=dtype, **options)
         live = LLM.from_model(model, None, **options)
         assert generated(ours, prompts()) == generated(live, prompts())
+
+
+PARAMS = [
+    GREEDY,
+    SamplingParams(temperature=0.9, top_p=0.9, max_tokens=24, seed=7, ignore_eos=True, logprobs=1),
+    SamplingParams(temperature=1.2, top_k=20, max_tokens=17, seed=8, ignore_eos=True, repetition_penalty=1.2),
+]
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_request_alone_among_strangers_sent_back_and_with_a_warm_cache(architecture: str, storage: str) -> None:
+    """Whatever happens to a request on its way, its tokens and log-probabilities stay the same to the last bit."""
+    llm = engine(architecture, storage)
+    asked = [(prompt, params) for prompt in prompts() for params in PARAMS]
+    expected = [generated(engine(architecture, storage), [prompt], params)[0] for prompt, params in asked]
+    ours, theirs = [prompt for prompt, _ in asked], [params for _, params in asked]
+    strangers = [{"prompt_token_ids": [9 + i, 5, *range(4, 4 + i)]} for i in range(32)]
+    noise = [SamplingParams(temperature=1.0, seed=i, max_tokens=3 + i, ignore_eos=True) for i in range(32)]
+    among = generated(llm, [*strangers[:16], *ours, *strangers[16:]], [*noise[:16], *theirs, *noise[16:]])
+    assert among[16 : 16 + len(ours)] == expected
+    hits = llm.engine.cache.counts.prompt_hits + llm.engine.cache.counts.source_hits
+    assert generated(llm, ours, theirs) == expected
+    assert llm.engine.cache.counts.prompt_hits + llm.engine.cache.counts.source_hits > hits
+    block, blocks = llm.engine.cache.storage.blocks.shape[1], 14 if architecture == "encoder_decoder" else 6  # type: ignore[attr-defined]
+    small = engine(
+        architecture, storage, kv_cache_memory_bytes=blocks * block, max_num_batched_tokens=11, max_num_seqs=8
+    )
+    assert generated(small, [*ours, *ours[::-1]], [*theirs, *theirs[::-1]]) == expected + expected[::-1]
+    assert small.engine.scheduler.num_preemptions > 0
