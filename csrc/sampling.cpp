@@ -51,13 +51,6 @@ Params params_of(const SamplingRequests& r, int64_t row) {
             r.position[row]};
 }
 
-// The caller's arrays may have changed since they were checked, so nothing outside them is ever read.
-History history_of(const SamplingRequests& r, int64_t row) {
-    const int64_t begin = std::clamp<int64_t>(r.history_offsets[row], 0, r.history_length);
-    const int64_t end = std::clamp<int64_t>(r.history_offsets[row + 1], begin, r.history_length);
-    return {r.history_ids + begin, end - begin, r.prompt_lengths[row]};
-}
-
 // The one pass every row takes: its maximum, the maxima of its blocks, and whether it may be sampled from at
 // all.
 RowError scan(const float* logits, int64_t vocab, Scratch& scratch, Row& row) {
@@ -68,8 +61,8 @@ RowError scan(const float* logits, int64_t vocab, Scratch& scratch, Row& row) {
     return found.max == -kInfinity ? RowError::nothing_left : RowError::none;
 }
 
-// What changes logits before the choice works on a copy. Logit bias, banned ids and bitmasks belong here.
-RowError edit_logits(const Params& params, const History& history, Scratch& scratch, Row& row) {
+// Penalties work on a copy, for the log-probabilities are those of the raw logits.
+RowError penalise(const Params& params, const History& history, Scratch& scratch, Row& row) {
     if (!params.penalties.any() || history.length == 0) return RowError::none;
     float* edited = scratch.logits.data();
     std::copy(row.logits, row.logits + row.vocab, edited);
@@ -202,7 +195,7 @@ RowError sample_row(const Logits& logits, const SamplingRequests& requests, cons
         report_top(row, raw, num_logprobs, scratch, results.top_logprobs + index * results.top_columns,
                    results.top_ids + index * results.top_columns);
     }
-    error = edit_logits(params, history_of(requests, index), scratch, row);
+    error = penalise(params, requests.histories.of(index), scratch, row);
     if (error != RowError::none) return error;
     const int32_t token = choose(row, params, scratch);
     results.token_ids[index] = token;

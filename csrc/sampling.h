@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "history.h"
+
 namespace tandem {
 
 // Rows of contiguous floats, `stride` floats apart. Never written.
@@ -16,7 +18,7 @@ struct Logits {
     int64_t rows, vocab, stride;
 };
 
-// One entry a row. A row's history is ids[offsets[row]] to ids[offsets[row + 1] - 1], its prompt first.
+// One entry a row. Histories are read only for rows with a penalty.
 struct SamplingRequests {
     int64_t rows;
     const float *temperature, *top_p, *min_p;
@@ -24,10 +26,7 @@ struct SamplingRequests {
     const float *repetition_penalty, *presence_penalty, *frequency_penalty;
     const int64_t *seed, *position;
     const int32_t* num_logprobs;
-    const int32_t* history_ids;
-    int64_t history_length;
-    const int64_t* history_offsets;
-    const int32_t* prompt_lengths;
+    Histories histories;
 };
 
 // Throws std::invalid_argument with one sentence that names the field, the row and what is allowed.

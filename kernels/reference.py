@@ -236,8 +236,8 @@ def _row_probabilities(logits: Tensor, batch: SamplingBatch, row: int) -> Tensor
 
 
 def _penalised(logits: Tensor, batch: SamplingBatch, row: int) -> Tensor:
-    start, end = batch.history_offsets[row : row + 2].tolist()
-    history = batch.history_ids[start:end].long()
+    start, length = int(batch.history_starts[row]), int(batch.history_lengths[row])
+    history = batch.history_ids[start : start + length].long()
     output = history[int(batch.prompt_lengths[row]) :]
     penalty = batch.repetition_penalty[row]
     repeated = torch.where(logits > 0, logits / penalty, logits * penalty)

@@ -386,9 +386,70 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(field, value):
 def test_histories_that_do_not_fit_the_batch_are_refused():
     with pytest.raises(ValueError, match="must hold 2 lists"):
         SamplingBatch.build(2, prompt_ids=[[1]])
-    fields = {name: getattr(SamplingBatch.build(1), name) for name in SamplingBatch.__match_args__}
-    with pytest.raises(ValueError, match="history_offsets"):
-        SamplingBatch(**{**fields, "history_offsets": torch.tensor([0, 5])})
+    places = places_of([[1, 2]], [[3]])
+    with pytest.raises(ValueError, match="history must come alone"):
+        SamplingBatch.build(1, history=places, output_ids=[[1]])
+    with pytest.raises(ValueError, match="history_lengths must be a contiguous int32 array"):
+        SamplingBatch.build(1, history=(*places[:2], places[2].long(), places[3]))
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "prompt_lengths", "message"),
+    [
+        ([0, 0], [6, 5], [0, 0], "^history_starts must be .*, got 0 in row 0$"),
+        ([0, 2], [5, 4], [0, 0], "^history_starts must be .*, got 2 in row 1$"),
+        ([-1, 0], [0, 0], [0, 0], "^history_starts must be .*, got -1 in row 0$"),
+        ([2**63 - 1, 0], [1, 0], [0, 0], "^history_starts must be .* in row 0$"),
+        ([0, 0], [0, -1], [0, 0], "^history_lengths must be at least 0, got -1 in row 1$"),
+        ([0, 0], [1, 1], [2, 0], "^prompt_lengths must be .*, got 2 in row 0$"),
+        ([0, 0], [1, 1], [0, -1], "^prompt_lengths must be .*, got -1 in row 1$"),
+    ],
+)
+def test_a_history_outside_its_buffer_is_refused_by_row(starts, lengths, prompt_lengths, message):
+    ids = torch.zeros(5, dtype=torch.int32)
+    columns = torch.tensor(starts), *(torch.tensor(x, dtype=torch.int32) for x in (lengths, prompt_lengths))
+    with pytest.raises(ValueError, match=message):
+        SamplingBatch.build(2, history=(ids, *columns))
+
+
+def places_of(prompts: list[list[int]], outputs: list[list[int]], width: int = 40) -> tuple[Tensor, ...]:
+    """A table of tokens with room for more, one row a sequence, last row first."""
+    table = torch.full((len(prompts), width), 10**9, dtype=torch.int32)
+    lengths = torch.zeros(len(prompts), dtype=torch.int32)
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        lengths[row] = len(prompt) + len(output)
+        table[-1 - row, : len(prompt) + len(output)] = torch.tensor([*prompt, *output])
+    starts = torch.arange(len(prompts)).flip(0) * width
+    return table.view(-1), starts, lengths, torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+
+
+def test_a_history_grows_in_its_place():
+    rows, vocab = 3, 12
+    logits = make_logits(rows, vocab)
+    prompts, outputs = [[1, 2], [], [3]], [[], [4], [5, 5]]
+    params = {"repetition_penalty": 1.7, "frequency_penalty": 1.0, "seed": [1, 2, 3]}
+    ids, starts, lengths, prompt_lengths = places_of(prompts, outputs)
+    batch = SamplingBatch.build(rows, history=(ids, starts, lengths, prompt_lengths), **params)
+    for position in range(20):
+        copied = SamplingBatch.build(rows, prompt_ids=prompts, output_ids=outputs, position=position, **params)
+        tokens = sample(logits, batch).token_ids
+        assert torch.equal(tokens, sample(logits, copied).token_ids)
+        assert torch.equal(tokens, reference.sample(logits, batch))
+        ids[starts + lengths] = tokens.int()
+        lengths.add_(1)
+        batch.position.add_(1)
+        outputs = [[*output, token] for output, token in zip(outputs, tokens.tolist(), strict=True)]
+
+
+def test_a_history_moved_out_of_its_buffer_is_not_followed():
+    ids, starts, lengths, prompt_lengths = places_of([[1, 2]], [[3]], width=3)
+    batch = SamplingBatch.build(1, presence_penalty=1.0, history=(ids, starts, lengths, prompt_lengths))
+    wanted = sample(make_logits(1, 10), batch).token_ids
+    for start, length in [(0, 2**31 - 1), (-(2**63), 3), (2**63 - 1, 2**31 - 1), (0, -5), (1, 7)]:
+        starts[0], lengths[0], prompt_lengths[0] = start, length, 2**31 - 1
+        assert sample(make_logits(1, 10), batch).errors == [None]
+    starts[0], lengths[0], prompt_lengths[0] = 0, 3, 2
+    assert torch.equal(sample(make_logits(1, 10), batch).token_ids, wanted)
 
 
 @pytest.mark.parametrize(
