@@ -1,4 +1,4 @@
-"""Columns of numbers, one entry a row, and histories: what the batches of the sampler are made of."""
+"""Columns of numbers, one entry a row, and histories: what the calls of the sampler take."""
 
 from __future__ import annotations
 
@@ -43,11 +43,22 @@ def arrays(columns: dict[str, Any]) -> dict[str, Any]:
     """The memory of CPU tensors by name, for the C++ to check and to keep; ValueError for anything else."""
     for name, value in columns.items():
         if not isinstance(value, Tensor) or value.device.type != "cpu":
-            raise ValueError(f"{name} must be a CPU tensor, got {describe(value)}")
+            raise ValueError(f"{name} must be a CPU tensor, got {_describe(value)}")
     return {name: value.detach().numpy() for name, value in columns.items()}
 
 
-def describe(value: object) -> str:
+def floats(name: str, scores: Tensor) -> Any:
+    """The memory of a float32 CPU tensor; ValueError for any other."""
+    if scores.dtype is not torch.float32 or scores.device.type != "cpu":
+        raise ValueError(f"{name} must be a float32 CPU tensor, got {_describe(scores)}")
+    return scores.detach().numpy()
+
+
+def thread_count(num_threads: int | None) -> int:
+    return torch.get_num_threads() if num_threads is None else num_threads
+
+
+def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} on {value.device}"
     return type(value).__name__

@@ -8,13 +8,15 @@ threads.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.columns import Column, TokenLists, arrays, column, describe, histories
+from kernels.columns import Column, TokenLists, arrays, column, floats, histories, thread_count
 from kernels.extension import _C
+from kernels.logit_edits import LogitEdits, edit_logits
+
+__all__ = ["LogitEdits", "SampleResult", "SamplingBatch", "edit_logits", "log_softmax_", "sample", "top_k"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class SamplingBatch:
     top_k: Tensor  # int32 (rows,); 0 is off
     top_p: Tensor  # float32 (rows,) in (0, 1]; 1 is off
     min_p: Tensor  # float32 (rows,) in [0, 1]; 0 is off
+    typical_p: Tensor  # float32 (rows,) in (0, 1]; 1 is off
     repetition_penalty: Tensor  # float32 (rows,), > 0; 1 is off
     presence_penalty: Tensor  # float32 (rows,) in [-2, 2]; 0 is off
     frequency_penalty: Tensor  # float32 (rows,) in [-2, 2]; 0 is off
@@ -55,6 +58,7 @@ class SamplingBatch:
         top_k: Column = 0,
         top_p: Column = 1.0,
         min_p: Column = 0.0,
+        typical_p: Column = 1.0,
         repetition_penalty: Column = 1.0,
         presence_penalty: Column = 0.0,
         frequency_penalty: Column = 0.0,
@@ -82,6 +86,7 @@ class SamplingBatch:
             top_k=column("top_k", top_k, rows, torch.int32),
             top_p=column("top_p", top_p, rows, torch.float32),
             min_p=column("min_p", min_p, rows, torch.float32),
+            typical_p=column("typical_p", typical_p, rows, torch.float32),
             repetition_penalty=column("repetition_penalty", repetition_penalty, rows, torch.float32),
             presence_penalty=column("presence_penalty", presence_penalty, rows, torch.float32),
             frequency_penalty=column("frequency_penalty", frequency_penalty, rows, torch.float32),
@@ -111,15 +116,16 @@ class SampleResult:
 def sample(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None) -> SampleResult:
     """Draw one token a row from float32 CPU `logits` (rows, vocab), contiguous along the vocabulary.
 
-    In this order: penalties, temperature (below 1e-5 is greedy), min_p, top_k, top_p over what is left, one
-    draw in order of token id. Equal logits count as ordered by token id, lowest first: `top_k` keeps exactly
-    k. Tokens less likely than exp(-87) times the best are never drawn. The logits are not written.
+    In this order: penalties, temperature (below 1e-5 is greedy), min_p, top_k, top_p over what is left,
+    typical_p over what is left then (locally typical sampling, Meister et al. 2022: the tokens whose surprise is
+    closest to the entropy), one draw in order of token id. Equals count as ordered by token id, lowest first: `top_k`
+    keeps exactly k. Tokens less likely than exp(-87) times the best are never drawn. The logits are not written.
 
     A row with NaN, +inf or nothing but -inf, or with a token of its history outside the vocabulary, gets a
     sentence in `errors`; other rows do not notice. `num_threads` defaults to torch's. Every CPU path (see
     csrc/row_kernels.h) gives the same bits. Raises ValueError if shapes, dtype or device do not fit.
     """
-    *results, errors = _C.sample(_float32("logits", logits), batch._native, _threads(num_threads))
+    *results, errors = _C.sample(floats("logits", logits), batch._native, thread_count(num_threads))
     token_ids, logprobs, ranks, top_logprobs, top_ids = map(torch.from_numpy, results)
     return SampleResult(token_ids, logprobs, ranks, top_logprobs, top_ids, errors)
 
@@ -130,18 +136,19 @@ def top_k(scores: Tensor, k: int, *, num_threads: int | None = None) -> tuple[Te
     Largest first, lower ids first among equals. What is -inf is left out: behind the others are -inf and id 0. A row
     with NaN or +inf gets NaN. Raises ValueError if shapes, dtype or device do not fit, or for k outside [1, vocab].
     """
-    values, ids = _C.top_k(_float32("scores", scores), k, _threads(num_threads))
+    values, ids = _C.top_k(floats("scores", scores), k, thread_count(num_threads))
     return torch.from_numpy(values), torch.from_numpy(ids)
 
 
-def _float32(name: str, scores: Tensor) -> Any:
-    if scores.dtype is not torch.float32 or scores.device.type != "cpu":
-        raise ValueError(f"{name} must be a float32 CPU tensor, got {describe(scores)}")
-    return scores.detach().numpy()
+def log_softmax_(scores: Tensor, *, num_threads: int | None = None) -> Tensor:
+    """Makes each row of float32 CPU `scores` (rows, vocab) its log-softmax in place, and returns `scores`.
 
-
-def _threads(num_threads: int | None) -> int:
-    return torch.get_num_threads() if num_threads is None else num_threads
+    A row with NaN or +inf, or of nothing but -inf, becomes NaN throughout. What bounds it is an exponential a token. A
+    row's bits depend on nothing but the row. Raises ValueError if shapes, strides, dtype or device do not fit. Autograd
+    is not told.
+    """
+    _C.log_softmax(floats("scores", scores), thread_count(num_threads))
+    return scores
 
 
 def _history(rows: int, prompt_ids: TokenLists | None, output_ids: TokenLists | None) -> dict[str, Tensor]:
