@@ -111,10 +111,15 @@ void apply(const RowEdits& r) {
 
 void edit_logits(const Scores& scores, const LogitEdits& edits, int num_threads) {
     std::vector<RowEdits> rows;
+    std::vector<bool> named(static_cast<size_t>(scores.rows));
     int64_t work = 0;
     for (int64_t i = 0; i < edits.count; ++i) {
         rows.push_back(edits_of_row(scores, edits, i));
-        check_tokens(rows.back(), edits.mask_words, edits.rows[i]);
+        const int64_t row = edits.rows[i];
+        if (named[static_cast<size_t>(row)])
+            throw std::invalid_argument("rows must be distinct, got " + std::to_string(row) + " twice");
+        named[static_cast<size_t>(row)] = true;
+        check_tokens(rows.back(), edits.mask_words, row);
         work += rows.back().work();
     }
     parallel_for(edits.count, threads_worth(work, num_threads),

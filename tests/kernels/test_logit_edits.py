@@ -219,6 +219,13 @@ def test_a_history_that_nothing_reads_may_hold_anything() -> None:
     assert (scores[0] > -INF).nonzero().tolist() == [[2]]
 
 
+def test_rows_made_equal_in_place_are_refused() -> None:
+    made = LogitEdits.build([0, 1], forced=2)
+    made.rows[1] = 0
+    with pytest.raises(ValueError, match=r"^rows must be distinct, got 0 twice"):
+        edit_logits(make_scores(2, 10), made)
+
+
 def test_arrays_changed_out_of_their_bounds_are_refused_or_not_followed() -> None:
     made = LogitEdits.build(
         [0], repetition_penalty=1.5, bias=[{1: 2.0}], mask=0, masks=make_masks(1, 40), token_ids=[[1, 2]]
