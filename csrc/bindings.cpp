@@ -2,164 +2,16 @@
 // bindings_*.cpp know pybind11.
 #include "bindings.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <limits>
-#include <string>
-#include <utility>
-#include <vector>
-
-#include "bindings_checks.h"
 #include "cpu_features.h"
-#include "philox.h"
-#include "row_kernels.h"
-#include "sampling.h"
-
-namespace py = pybind11;
-
-namespace {
-
-using tandem::SamplingRequests;
-
-// A 1-D contiguous array of exactly this type and length; its memory must outlive the pointer.
-template <class T>
-const T* column(const py::array& array, const char* name, int64_t length) {
-    const bool fits = array.dtype().equal(py::dtype::of<T>()) && tandem::is_aligned(array) &&
-                      array.ndim() == 1 && array.shape(0) == length &&
-                      (length < 2 || array.strides(0) == static_cast<py::ssize_t>(sizeof(T)));
-    if (fits) return static_cast<const T*>(array.data());
-    throw py::value_error(std::string(name) + " must be a contiguous " +
-                          py::str(py::dtype::of<T>()).cast<std::string>() + " array of shape (" +
-                          std::to_string(length) + ",), got " + py::str(array.dtype()).cast<std::string>() +
-                          " of shape " + py::str(array.attr("shape")).cast<std::string>());
-}
-
-// The checked parameters of a batch. Keeps the arrays alive and reads them at each call, so that their owner
-// may change values in place between calls.
-class SamplingBatch {
-  public:
-    explicit SamplingBatch(const py::dict& fields) : rows_(length_of(fields, "temperature")) {
-        SamplingRequests& r = requests_;
-        r.rows = rows_;
-        r.history_length = length_of(fields, "history_ids");
-        take(fields, "temperature", r.temperature, rows_);
-        take(fields, "top_k", r.top_k, rows_);
-        take(fields, "top_p", r.top_p, rows_);
-        take(fields, "min_p", r.min_p, rows_);
-        take(fields, "repetition_penalty", r.repetition_penalty, rows_);
-        take(fields, "presence_penalty", r.presence_penalty, rows_);
-        take(fields, "frequency_penalty", r.frequency_penalty, rows_);
-        take(fields, "seed", r.seed, rows_);
-        take(fields, "position", r.position, rows_);
-        take(fields, "num_logprobs", r.num_logprobs, rows_);
-        take(fields, "history_ids", r.history_ids, r.history_length);
-        take(fields, "history_offsets", r.history_offsets, rows_ + 1);
-        take(fields, "prompt_lengths", r.prompt_lengths, rows_);
-        tandem::check(r);
-        for (int64_t row = 0; row < rows_; ++row)
-            top_columns_ = std::max<int64_t>(top_columns_, r.num_logprobs[row]);
-    }
-
-    const SamplingRequests& requests() const { return requests_; }
-    int64_t top_columns() const { return top_columns_; }
-
-  private:
-    static int64_t length_of(const py::dict& fields, const char* name) {
-        const py::array array = fields[name];
-        if (array.ndim() != 1) throw py::value_error(std::string(name) + " must have one dimension");
-        return array.shape(0);
-    }
-
-    template <class T>
-    void take(const py::dict& fields, const char* name, const T*& pointer, int64_t length) {
-        py::array array = fields[name];
-        pointer = column<T>(array, name, length);
-        arrays_.push_back(std::move(array));
-    }
-
-    int64_t rows_;
-    int64_t top_columns_ = 0;
-    SamplingRequests requests_{};
-    std::vector<py::array> arrays_;
-};
-
-tandem::Logits logits_of(const py::array& array, int64_t rows) {
-    const auto float_size = static_cast<py::ssize_t>(sizeof(float));
-    if (!tandem::is<float>(array) || array.ndim() != 2 || array.shape(1) < 1 ||
-        (array.size() > 1 && array.shape(1) > 1 && array.strides(1) != float_size) ||
-        array.strides(0) % float_size != 0)
-        throw py::value_error("logits must be float32 of shape (rows, vocab) with contiguous rows, got " +
-                              py::str(array.dtype()).cast<std::string>() + " of shape " +
-                              py::str(array.attr("shape")).cast<std::string>() + " and strides " +
-                              py::str(array.attr("strides")).cast<std::string>() + " in bytes");
-    if (array.shape(0) != rows)
-        throw py::value_error("logits have " + std::to_string(array.shape(0)) + " rows, the batch has " +
-                              std::to_string(rows));
-    if (array.shape(1) > std::numeric_limits<int32_t>::max() - tandem::kBlock)
-        throw py::value_error("logits have too large a vocabulary");
-    return {static_cast<const float*>(array.data()), rows, array.shape(1), array.strides(0) / float_size};
-}
-
-py::list messages_of(const std::vector<tandem::RowError>& errors) {
-    py::list messages(errors.size());
-    for (size_t row = 0; row < errors.size(); ++row)
-        messages[row] = py::cast(tandem::message_of(errors[row]));  // null becomes None
-    return messages;
-}
-
-py::tuple sample(const py::array& array, const SamplingBatch& batch, int num_threads) {
-    tandem::check_threads(num_threads);
-    const tandem::Logits logits = logits_of(array, batch.requests().rows);
-    py::array_t<int64_t> token_ids(logits.rows);
-    py::array_t<float> logprobs(logits.rows);
-    py::array_t<int32_t> ranks(logits.rows);
-    py::array_t<float> top_logprobs({logits.rows, batch.top_columns()});
-    py::array_t<int64_t> top_ids({logits.rows, batch.top_columns()});
-    std::vector<tandem::RowError> errors(static_cast<size_t>(logits.rows));
-    const tandem::SamplingResults results = {
-        token_ids.mutable_data(), logprobs.mutable_data(), ranks.mutable_data(), top_logprobs.mutable_data(),
-        top_ids.mutable_data(),   batch.top_columns(),     errors.data()};
-    {
-        const py::gil_scoped_release release;
-        tandem::sample(logits, batch.requests(), results, num_threads);
-    }
-    return py::make_tuple(token_ids, logprobs, ranks, top_logprobs, top_ids, messages_of(errors));
-}
-
-py::tuple top_k(const py::array& array, int64_t k, int num_threads) {
-    tandem::check_threads(num_threads);
-    const tandem::Logits scores = logits_of(array, array.ndim() > 0 ? array.shape(0) : 0);
-    if (k < 1 || k > scores.vocab)
-        throw py::value_error("k must be from 1 to " + std::to_string(scores.vocab) + ", got " +
-                              std::to_string(k));
-    py::array_t<float> values({scores.rows, k});
-    py::array_t<int64_t> ids({scores.rows, k});
-    float* first_value = values.mutable_data();
-    int64_t* first_id = ids.mutable_data();
-    {
-        const py::gil_scoped_release release;
-        tandem::top_k(scores, k, first_value, first_id, num_threads);
-    }
-    return py::make_tuple(values, ids);
-}
-
-void register_sampling(py::module_& module) {
-    py::class_<SamplingBatch>(module, "SamplingBatch").def(py::init<const py::dict&>());
-    module.def("sample", &sample, py::arg("logits"), py::arg("batch"), py::arg("num_threads"));
-    module.def("top_k", &top_k, py::arg("scores"), py::arg("k"), py::arg("num_threads"));
-    module.def("uniform", &tandem::uniform, py::arg("seed"), py::arg("position"));
-    module.attr("cpu_path") = tandem::name_of(tandem::cpu_path());
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    register_sampling(module);
+    module.attr("cpu_path") = tandem::name_of(tandem::cpu_path());
     tandem::register_attention(module);
     tandem::register_cached_attention(module);
     tandem::register_elementwise(module);
     tandem::register_linear(module);
     tandem::register_program(module);
+    tandem::register_sampling(module);
 }

@@ -17,6 +17,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // The search for a boundary stops when so few elements are left in doubt; they are then sorted.
 constexpr int64_t kFew = 32;
 
+// Weights below its exponential are 0.
+constexpr float kLeastLogWeight = -87.0f;
+
 // Integers in the order of the floats, so that a search by halves takes at most 32 steps whatever the values.
 int64_t key_of(float value) {
     value += 0.0f;  // -0 equals 0 and must share its key
@@ -91,8 +94,8 @@ void keep_through(Candidates& c, float last_value, int32_t last_id, bool has_equ
     c.count = kept;
 }
 
-// Keeps the smallest set of largest candidates whose measure reaches the target; weight(value) is one's share
-// of it.
+// Keeps the smallest set of largest candidates whose measure reaches the target; weight(value, id) is one's
+// share of it.
 template <class Measure, class Weight>
 void keep_largest(Candidates& c, Measure measure, Weight weight, float lowest, float highest, double target,
                   Scratch& scratch) {
@@ -102,7 +105,7 @@ void keep_largest(Candidates& c, Measure measure, Weight weight, float lowest, f
     double reached = bracket.at_high.mass;
     int64_t last = 0;
     for (; last < boundary.count - 1; ++last) {
-        reached += weight(boundary.values[last]);
+        reached += weight(boundary.values[last], boundary.ids[last]);
         if (reached >= target) break;
     }
     const float last_value = boundary.values[last];
@@ -149,10 +152,16 @@ float next_above(float value) {
 void Scratch::fit(int64_t vocab) {
     const auto size = static_cast<size_t>(vocab + kSlack);
     if (values.size() >= size) return;
-    for (auto* buffer : {&values, &boundary_values, &logits}) buffer->resize(size);
+    for (auto* buffer : {&values, &boundary_values, &keys, &logits}) buffer->resize(size);
     for (auto* buffer : {&ids, &boundary_ids}) buffer->resize(size);
     blocks.resize(static_cast<size_t>(blocks_of(vocab)));
     marks.resize(size);  // zero, and left so by whoever uses it
+}
+
+Scratch& scratch_for(int64_t vocab) {
+    static thread_local Scratch scratch;
+    scratch.fit(vocab);
+    return scratch;
 }
 
 float top_k_bound(const float* block_max, int64_t blocks, float row_max, int64_t k) {
@@ -164,8 +173,8 @@ float top_k_bound(const float* block_max, int64_t blocks, float row_max, int64_t
 void keep_top_k(Candidates& c, int64_t k, float lowest, float highest, Scratch& scratch) {
     if (c.count <= k) return;
     keep_largest(
-        c, [&](float t) { return count_tally(c.values, c.count, t); }, [](float) { return 1.0; }, lowest,
-        highest, static_cast<double>(k), scratch);
+        c, [&](float t) { return count_tally(c.values, c.count, t); }, [](float, int32_t) { return 1.0; },
+        lowest, highest, static_cast<double>(k), scratch);
 }
 
 void keep_nucleus(Candidates& c, double top_p, double total, Scratch& scratch) {
@@ -173,9 +182,39 @@ void keep_nucleus(Candidates& c, double top_p, double total, Scratch& scratch) {
     // rounding.
     const double lowest = 0.99 * (1 - top_p) * total / static_cast<double>(c.count);
     keep_largest(
-        c, [&](float t) { return row_kernels().mass_at_least(c.values, c.count, t); },
-        [](float weight) { return static_cast<double>(weight); }, static_cast<float>(lowest), 1.0f,
+        c, [&](float t) { return row_kernels().mass_at_least(c.values, c.values, c.count, t); },
+        [](float weight, int32_t) { return static_cast<double>(weight); }, static_cast<float>(lowest), 1.0f,
         top_p * total, scratch);
+}
+
+void keep_typical(Candidates& c, double typical_p, const float* logits, float max, float scale,
+                  Scratch& scratch) {
+    // With l the logarithm of a weight, a token's surprise is log(total) - l and the entropy is the mean of
+    // the surprises: they are as far apart as l and its mean.
+    const auto log_weight = [&](int32_t id) {
+        return static_cast<double>(std::max((logits[id] - max) * scale, kLeastLogWeight));
+    };
+    double total = 0, mean = 0;
+    for (int64_t i = 0; i < c.count; ++i) {
+        total += static_cast<double>(c.values[i]);
+        mean += static_cast<double>(c.values[i]) * log_weight(c.ids[i]);
+    }
+    mean /= total;
+    Candidates by_key = {scratch.keys.data(), c.ids, c.count};
+    float lowest = 0;
+    for (int64_t i = 0; i < c.count; ++i) {
+        by_key.values[i] = -static_cast<float>(std::fabs(log_weight(c.ids[i]) - mean));
+        lowest = std::min(lowest, by_key.values[i]);
+    }
+    const auto weight = [&](float, int32_t id) {
+        return static_cast<double>(c.values[std::lower_bound(c.ids, c.ids + c.count, id) - c.ids]);
+    };
+    keep_largest(
+        by_key, [&](float t) { return row_kernels().mass_at_least(by_key.values, c.values, c.count, t); },
+        weight, lowest, 0.0f, typical_p * total, scratch);
+    c.count = by_key.count;
+    for (int64_t i = 0; i < c.count; ++i) c.values[i] = logits[c.ids[i]];
+    exponentiate(c, max, scale);
 }
 
 void sort_descending(Candidates& c) {

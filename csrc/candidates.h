@@ -1,4 +1,4 @@
-// The tokens still in the running, and the two filters that keep the largest of them.
+// The tokens still in the running, and the filters that keep some of them.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,15 @@ float next_above(float value);
 
 // Grow-only buffers of one thread, so that a call allocates nothing once it has seen a vocabulary.
 struct Scratch {
-    std::vector<float> values, boundary_values, blocks, logits;
+    std::vector<float> values, boundary_values, keys, blocks, logits;
     std::vector<int32_t> ids, boundary_ids;
     std::vector<uint32_t> marks;
 
     void fit(int64_t vocab);
 };
+
+// The calling thread's, large enough for rows of so many tokens.
+Scratch& scratch_for(int64_t vocab);
 
 // Values with their token ids, in ascending order of id: logits at first, then weights (probabilities up to a
 // factor).
@@ -35,6 +38,11 @@ void keep_top_k(Candidates& candidates, int64_t k, float lowest, float highest, 
 
 // Keeps the smallest set of largest weights whose sum is at least top_p * total. The largest weight is 1.
 void keep_nucleus(Candidates& candidates, double top_p, double total, Scratch& scratch);
+
+// Keeps the smallest set of weights exp((logits[id] - max) * scale) whose surprise lies closest to the
+// entropy of all of them, lower ids first among equals, and whose sum is at least typical_p of theirs.
+void keep_typical(Candidates& candidates, double typical_p, const float* logits, float max, float scale,
+                  Scratch& scratch);
 
 // Largest first, lower ids first among equals.
 void sort_descending(Candidates& candidates);

@@ -61,6 +61,9 @@ void fork_out(int num_threads, const std::function<void(Team&)>& member, std::un
 }
 #endif
 
+// About 40 us of reading by one thread, what it takes to wake another.
+constexpr int64_t kFloatsWorthAThread = int64_t{1} << 18;
+
 }  // namespace
 
 void Team::keep_error() {
@@ -92,6 +95,10 @@ void run_team(int num_threads, const std::function<void(Team&)>& member) {
         member(*team);
     }
     team->rethrow();
+}
+
+int threads_worth(int64_t floats, int num_threads) {
+    return static_cast<int>(std::min<int64_t>(num_threads, 1 + floats / kFloatsWorthAThread));
 }
 
 void parallel_for(int64_t tasks, int num_threads, const std::function<void(int64_t)>& body) {

@@ -80,6 +80,9 @@ class Team {
 // caller is alone.
 void run_team(int num_threads, const std::function<void(Team&)>& member);
 
+// How many threads are worth waking to read so many floats.
+int threads_worth(int64_t floats, int num_threads);
+
 // A team for one loop: calls body(i) once for every i in [0, tasks).
 void parallel_for(int64_t tasks, int num_threads, const std::function<void(int64_t)>& body);
 

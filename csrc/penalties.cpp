@@ -1,6 +1,6 @@
 #include "penalties.h"
 
-#include <algorithm>
+#include <cstddef>
 
 namespace tandem {
 namespace {
@@ -18,8 +18,7 @@ float penalised(float logit, uint32_t mark, const Penalties& penalties) {
 
 bool apply_penalties(float* logits, int64_t vocab, const Penalties& penalties, const History& history,
                      std::vector<uint32_t>& marks) {
-    const int32_t* end = history.ids + history.length;
-    if (!std::all_of(history.ids, end, [vocab](int32_t id) { return 0 <= id && id < vocab; })) return false;
+    if (!history.within(vocab)) return false;
     for (int64_t i = 0; i < history.length; ++i) {
         uint32_t& mark = marks[static_cast<size_t>(history.ids[i])];
         if (i < history.prompt_length)
@@ -29,7 +28,7 @@ bool apply_penalties(float* logits, int64_t vocab, const Penalties& penalties, c
     }
     // Clearing a token's mark when it is first met does each distinct token once and leaves the marks as they
     // were.
-    for (const int32_t* id = history.ids; id != end; ++id) {
+    for (const int32_t* id = history.ids; id != history.ids + history.length; ++id) {
         uint32_t& mark = marks[static_cast<size_t>(*id)];
         if (mark == 0) continue;
         logits[*id] = penalised(logits[*id], mark, penalties);

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "history.h"
+
 namespace tandem {
 
 struct Penalties {
@@ -12,13 +14,6 @@ struct Penalties {
     float frequency;   // subtracted once an occurrence in the output; 0 = off
 
     bool any() const { return repetition != 1.0f || presence != 0.0f || frequency != 0.0f; }
-};
-
-// A prompt's ids, then the output's.
-struct History {
-    const int32_t* ids;
-    int64_t length;
-    int64_t prompt_length;
 };
 
 // Edits logits in place. marks: one zero a token of the vocabulary, zero again on return.

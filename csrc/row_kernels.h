@@ -33,8 +33,8 @@ struct RowKernels {
     // How many elements are >= threshold.
     int64_t (*count_at_least)(const float* values, int64_t n, float threshold);
 
-    // How many elements are >= threshold, and their sum.
-    Tally (*mass_at_least)(const float* values, int64_t n, float threshold);
+    // How many keys are >= threshold, and the sum of their weights. Both may be the same array.
+    Tally (*mass_at_least)(const float* keys, const float* weights, int64_t n, float threshold);
 
     // Copies the elements in [low, high), and their ids, in order; returns how many. ids may be null: 0, 1,
     // 2, ...; block_max may be null, otherwise blocks that hold nothing are skipped. In place is allowed.
@@ -49,6 +49,9 @@ struct RowKernels {
 
     // As exp_scaled then sum_blocks, without storing the exponentials.
     double (*exp_sum_blocks)(const float* values, int64_t n, float max, float scale, float* block_sums);
+
+    // row[i] = -inf where bit i % 32 of words[i / 32] is 0. Bits behind the last element count for nothing.
+    void (*keep_allowed)(float* row, int64_t n, const int32_t* words);
 };
 
 extern const RowKernels kGenericRowKernels;

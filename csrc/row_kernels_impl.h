@@ -63,19 +63,28 @@ int64_t count_at_least(const float* values, int64_t n, float threshold) {
     return total;
 }
 
-Tally mass_at_least(const float* values, int64_t n, float threshold) {
+float block_mass_at_least(const float* keys, const float* weights, Vec limit) {
+    Lanes lanes = splat_lanes(0.0f);
+    for (int64_t i = 0; i < kBlock; i += kLanes)
+        for (int p = 0; p < kParts; ++p) {
+            const int64_t at = i + p * kWidth;
+            lanes.part[p] += keep_where(at_least(load(keys + at), limit), load(weights + at));
+        }
+    return sum_of(lanes);
+}
+
+Tally mass_at_least(const float* keys, const float* weights, int64_t n, float threshold) {
     const Vec limit = splat(threshold);
+    const int64_t whole = n - n % kBlock;
     double mass = 0;
-    for_each_block(values, n, 0.0f, [&](int64_t, const float* x) {
-        Lanes lanes = splat_lanes(0.0f);
-        for (int64_t i = 0; i < kBlock; i += kLanes)
-            for (int p = 0; p < kParts; ++p) {
-                const Vec v = load(x + i + p * kWidth);
-                lanes.part[p] += keep_where(at_least(v, limit), v);
-            }
-        mass += static_cast<double>(sum_of(lanes));
-    });
-    return {mass, count_at_least(values, n, threshold)};
+    for (int64_t i = 0; i < whole; i += kBlock)
+        mass += static_cast<double>(block_mass_at_least(keys + i, weights + i, limit));
+    if (whole < n) {
+        const PaddedBlock last_keys(keys + whole, n - whole, kLowest);
+        const PaddedBlock last_weights(weights + whole, n - whole, 0.0f);
+        mass += static_cast<double>(block_mass_at_least(last_keys.values, last_weights.values, limit));
+    }
+    return {mass, count_at_least(keys, n, threshold)};
 }
 
 // `collect` for elements begin to end - 1, written from place `kept` on; returns the place after the last.
@@ -158,8 +167,28 @@ double exp_sum_blocks(const float* values, int64_t n, float max, float scale, fl
     return total;
 }
 
-constexpr RowKernels kRowKernels = {scan,       count_at_least, mass_at_least, collect,
-                                    exp_scaled, sum_blocks,     exp_sum_blocks};
+void keep_allowed(float* row, int64_t n, const int32_t* words) {
+    constexpr int64_t kWord = 32;
+    const Ints banned = reinterpret_cast<Ints>(splat(kLowest));
+    Bits lane_bit{};
+    for (int i = 0; i < kWidth; ++i) lane_bit[i] = uint32_t{1} << i;
+    int64_t i = 0;
+    for (; i + kWord <= n; i += kWord) {
+        const auto word = static_cast<uint32_t>(words[i / kWord]);
+        if (word == ~uint32_t{0}) continue;
+        for (int p = 0; p < kWord / kWidth; ++p) {
+            float* scores = row + i + p * kWidth;
+            const Ints allowed = ((word >> (p * kWidth)) & lane_bit) != 0;
+            const Ints kept = reinterpret_cast<Ints>(load(scores));
+            store(scores, reinterpret_cast<Vec>((kept & allowed) | (banned & ~allowed)));
+        }
+    }
+    for (; i < n; ++i)
+        if ((static_cast<uint32_t>(words[i / kWord]) >> (i % kWord) & 1) == 0) row[i] = kLowest;
+}
+
+constexpr RowKernels kRowKernels = {scan,       count_at_least, mass_at_least,  collect,
+                                    exp_scaled, sum_blocks,     exp_sum_blocks, keep_allowed};
 
 }  // namespace
 }  // namespace tandem

@@ -19,9 +19,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // As in vLLM: a temperature so small that dividing by it would overflow is greedy.
 constexpr float kGreedyBelow = 1e-5f;
 
-// About 40 us of reading by one thread, what it takes to wake another.
-constexpr int64_t kFloatsWorthAThread = int64_t{1} << 18;
-
 struct Row {
     const float* logits;
     int64_t vocab;
@@ -33,12 +30,12 @@ struct Row {
 struct Params {
     float temperature;
     int64_t top_k;
-    double top_p, min_p;
+    double top_p, min_p, typical_p;
     Penalties penalties;
     int64_t seed, position;
 
     bool greedy() const { return temperature < kGreedyBelow; }
-    bool filtered() const { return top_k > 0 || top_p < 1 || min_p > 0; }
+    bool filtered() const { return top_k > 0 || top_p < 1 || min_p > 0 || typical_p < 1; }
 };
 
 Params params_of(const SamplingRequests& r, int64_t row) {
@@ -46,16 +43,10 @@ Params params_of(const SamplingRequests& r, int64_t row) {
             r.top_k[row],
             static_cast<double>(r.top_p[row]),
             static_cast<double>(r.min_p[row]),
+            static_cast<double>(r.typical_p[row]),
             {r.repetition_penalty[row], r.presence_penalty[row], r.frequency_penalty[row]},
             r.seed[row],
             r.position[row]};
-}
-
-// The caller's arrays may have changed since they were checked, so nothing outside them is ever read.
-History history_of(const SamplingRequests& r, int64_t row) {
-    const int64_t begin = std::clamp<int64_t>(r.history_offsets[row], 0, r.history_length);
-    const int64_t end = std::clamp<int64_t>(r.history_offsets[row + 1], begin, r.history_length);
-    return {r.history_ids + begin, end - begin, r.prompt_lengths[row]};
 }
 
 // The one pass every row takes: its maximum, the maxima of its blocks, and whether it may be sampled from at
@@ -68,8 +59,8 @@ RowError scan(const float* logits, int64_t vocab, Scratch& scratch, Row& row) {
     return found.max == -kInfinity ? RowError::nothing_left : RowError::none;
 }
 
-// What changes logits before the choice works on a copy. Logit bias, banned ids and bitmasks belong here.
-RowError edit_logits(const Params& params, const History& history, Scratch& scratch, Row& row) {
+// Penalties work on a copy, for the log-probabilities are those of the raw logits.
+RowError penalise(const Params& params, const History& history, Scratch& scratch, Row& row) {
     if (!params.penalties.any() || history.length == 0) return RowError::none;
     float* edited = scratch.logits.data();
     std::copy(row.logits, row.logits + row.vocab, edited);
@@ -105,7 +96,7 @@ Survivors keep_likely(const Row& row, const Params& params, Scratch& scratch) {
     double total = 0;
     if (params.top_k > 0) {
         bound = std::max(bound, top_k_bound(row.block_max, row.blocks, row.max, params.top_k));
-    } else if (params.min_p <= 0) {
+    } else if (params.min_p <= 0 && params.top_p < 1) {
         total = row_kernels().exp_sum_blocks(row.logits, row.vocab, row.max, scale, scratch.values.data());
         const double needed = 0.99 * (1 - params.top_p) * total / static_cast<double>(row.vocab);
         bound = logit_of_weight(row, params, needed);
@@ -119,8 +110,7 @@ Survivors keep_likely(const Row& row, const Params& params, Scratch& scratch) {
     return {kept, total};
 }
 
-// The stages of a choice. A filter on probabilities, such as typical_p, is one more line between the last
-// two.
+// The stages of a choice.
 int32_t choose(const Row& row, const Params& params, Scratch& scratch) {
     if (params.greedy()) return argmax(row);
     const double u = uniform(params.seed, params.position);
@@ -128,6 +118,8 @@ int32_t choose(const Row& row, const Params& params, Scratch& scratch) {
         return draw_from_row(row.logits, row.vocab, row.max, 1.0f / params.temperature, u, scratch);
     auto [candidates, total] = keep_likely(row, params, scratch);
     if (params.top_p < 1) keep_nucleus(candidates, params.top_p, total, scratch);
+    if (params.typical_p < 1)
+        keep_typical(candidates, params.typical_p, row.logits, row.max, 1.0f / params.temperature, scratch);
     return draw(candidates, u, scratch);
 }
 
@@ -176,17 +168,6 @@ void clear(const SamplingResults& results, int64_t row) {
     std::fill_n(results.top_ids + row * results.top_columns, results.top_columns, int64_t{-1});
 }
 
-Scratch& scratch_for(int64_t vocab) {
-    static thread_local Scratch scratch;
-    scratch.fit(vocab);
-    return scratch;
-}
-
-int threads_for(const Logits& logits, int num_threads) {
-    return static_cast<int>(
-        std::min<int64_t>(num_threads, 1 + logits.rows * logits.vocab / kFloatsWorthAThread));
-}
-
 RowError sample_row(const Logits& logits, const SamplingRequests& requests, const SamplingResults& results,
                     int64_t index) {
     Scratch& scratch = scratch_for(logits.vocab);
@@ -202,7 +183,7 @@ RowError sample_row(const Logits& logits, const SamplingRequests& requests, cons
         report_top(row, raw, num_logprobs, scratch, results.top_logprobs + index * results.top_columns,
                    results.top_ids + index * results.top_columns);
     }
-    error = edit_logits(params, history_of(requests, index), scratch, row);
+    error = penalise(params, requests.histories.of(index), scratch, row);
     if (error != RowError::none) return error;
     const int32_t token = choose(row, params, scratch);
     results.token_ids[index] = token;
@@ -232,7 +213,7 @@ const char* message_of(RowError error) {
 
 void sample(const Logits& logits, const SamplingRequests& requests, const SamplingResults& results,
             int num_threads) {
-    parallel_for(logits.rows, threads_for(logits, num_threads), [&](int64_t row) {
+    parallel_for(logits.rows, threads_worth(logits.rows * logits.vocab, num_threads), [&](int64_t row) {
         clear(results, row);
         results.errors[row] = sample_row(logits, requests, results, row);
         if (results.errors[row] != RowError::none) clear(results, row);
@@ -240,7 +221,7 @@ void sample(const Logits& logits, const SamplingRequests& requests, const Sampli
 }
 
 void top_k(const Logits& scores, int64_t k, float* values, int64_t* ids, int num_threads) {
-    parallel_for(scores.rows, threads_for(scores, num_threads), [&](int64_t index) {
+    parallel_for(scores.rows, threads_worth(scores.rows * scores.vocab, num_threads), [&](int64_t index) {
         Scratch& scratch = scratch_for(scores.vocab);
         Row row;
         const RowError error = scan(scores.data + index * scores.stride, scores.vocab, scratch, row);

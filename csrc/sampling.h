@@ -2,32 +2,26 @@
 // kernels/sampling.py).
 //
 // What limits it is reading a row once, 4 bytes a token of the vocabulary: greedy, top_k and min_p do little
-// else. Unfiltered draws, top_p alone and log-probabilities also take an exponential a token, bound by
-// arithmetic.
+// else. Unfiltered draws, top_p or typical_p alone and log-probabilities also take an exponential a token,
+// bound by arithmetic.
 #pragma once
 
 #include <cstdint>
 
+#include "history.h"
+#include "scores.h"
+
 namespace tandem {
 
-// Rows of contiguous floats, `stride` floats apart. Never written.
-struct Logits {
-    const float* data;
-    int64_t rows, vocab, stride;
-};
-
-// One entry a row. A row's history is ids[offsets[row]] to ids[offsets[row + 1] - 1], its prompt first.
+// One entry a row. Histories are read only for rows with a penalty.
 struct SamplingRequests {
     int64_t rows;
-    const float *temperature, *top_p, *min_p;
+    const float *temperature, *top_p, *min_p, *typical_p;
     const int32_t* top_k;
     const float *repetition_penalty, *presence_penalty, *frequency_penalty;
     const int64_t *seed, *position;
     const int32_t* num_logprobs;
-    const int32_t* history_ids;
-    int64_t history_length;
-    const int64_t* history_offsets;
-    const int32_t* prompt_lengths;
+    Histories histories;
 };
 
 // Throws std::invalid_argument with one sentence that names the field, the row and what is allowed.

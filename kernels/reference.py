@@ -14,7 +14,7 @@ from kernels.attention_options import ScoreOptions
 
 if TYPE_CHECKING:
     from kernels.chunked_loss import LossOptions
-    from kernels.sampling import SamplingBatch
+    from kernels.sampling import LogitEdits, SamplingBatch
 
 
 def attention_mask(
@@ -232,12 +232,22 @@ def _row_probabilities(logits: Tensor, batch: SamplingBatch, row: int) -> Tensor
     if (top_p := float(batch.top_p[row])) < 1:
         mass = probabilities[by_logit].cumsum(-1) / probabilities.sum()
         probabilities[by_logit[1:][mass[:-1] >= top_p]] = 0
+    if (typical_p := float(batch.typical_p[row])) < 1:
+        probabilities = _typical(probabilities / probabilities.sum(), typical_p)
     return probabilities / probabilities.sum()
 
 
+def _typical(probabilities: Tensor, typical_p: float) -> Tensor:
+    """Locally typical sampling (Meister et al. 2022, arXiv:2202.00666)."""
+    entropy = torch.special.entr(probabilities).sum()
+    by_distance = torch.sort((-probabilities.log() - entropy).abs(), stable=True).indices
+    mass = probabilities[by_distance].cumsum(-1)
+    dropped = by_distance[1:][mass[:-1] >= typical_p]
+    return probabilities.index_fill(0, dropped, 0.0)
+
+
 def _penalised(logits: Tensor, batch: SamplingBatch, row: int) -> Tensor:
-    start, end = batch.history_offsets[row : row + 2].tolist()
-    history = batch.history_ids[start:end].long()
+    history = _history(batch, row)
     output = history[int(batch.prompt_lengths[row]) :]
     penalty = batch.repetition_penalty[row]
     repeated = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -245,6 +255,38 @@ def _penalised(logits: Tensor, batch: SamplingBatch, row: int) -> Tensor:
     count = torch.bincount(output, minlength=logits.shape[0])
     logits = torch.where(seen, repeated, logits)
     return logits - batch.frequency_penalty[row] * count - batch.presence_penalty[row] * (count > 0)
+
+
+def edit_logits(scores: Tensor, edits: LogitEdits) -> Tensor:
+    """What `kernels.sampling.edit_logits` makes of float32 scores (rows, vocab), which stay as they are."""
+    scores = scores.clone()
+    for i, row in enumerate(edits.rows.tolist()):
+        _edit(scores[row], edits, i)
+    return scores
+
+
+def _edit(row: Tensor, edits: LogitEdits, i: int) -> None:
+    history, vocab = _history(edits, i), row.shape[0]
+    seen, penalty = history.unique(), edits.repetition_penalty[i]
+    row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
+    if size := int(edits.no_repeat_ngram_size[i]):
+        ids = history.tolist()
+        for end in range(size, len(ids) + 1):
+            if ids[end - size : end - 1] == ids[len(ids) - size + 1 :]:
+                row[ids[end - 1]] = -math.inf
+    for j in range(*edits.bias_offsets[i : i + 2].tolist()):
+        row[edits.bias_ids[j]] += edits.bias_values[j]
+    forced, mask = int(edits.forced[i]), int(edits.mask[i])
+    if forced >= 0 and not row.isnan().any():
+        row.copy_(torch.full_like(row, -math.inf).index_fill(0, torch.tensor([forced]), 0.0))
+    if mask >= 0:
+        allowed = edits.masks[mask][:, None] >> torch.arange(32) & 1
+        row.masked_fill_(allowed.flatten()[:vocab] == 0, -math.inf)
+
+
+def _history(batch: SamplingBatch | LogitEdits, row: int) -> Tensor:
+    start, length = int(batch.history_starts[row]), int(batch.history_lengths[row])
+    return batch.history_ids[start : start + length].long()
 
 
 def dropout_keeps(seed: int, dropout_p: float, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:

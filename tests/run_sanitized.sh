@@ -48,7 +48,7 @@ check_thread() {
     copy=$(copy_with thread)
     export OMP_NUM_THREADS=1 TSAN_OPTIONS="suppressions=$copy/tests/thread_sanitizer.supp log_path=$copy/races"
     run_in "$copy" "$(runtime libtsan.so) $(runtime libstdc++.so)" \
-        tests/kernels/test_{cached_attention,program,sampling,threads}.py -k "thread and not cpu_path" ||
+        tests/kernels/test_{cached_attention,log_softmax,logit_edits,program,sampling,threads}.py -k "thread and not cpu_path" ||
         { cat "$copy"/races.*; return 1; }
 }
 

@@ -1,7 +1,8 @@
-"""Random shapes, storages and options of linear layers, attention over the cache, and programs, by their formulas."""
+"""Random shapes, storages and options of linear layers, attention over the cache, programs and edits, by formulas."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from kernels.extension import _C
 from kernels.packed_linear import gated_order
 from tests.kernels.packed_weights import ACTIVATIONS, KINDS, exact, linear, product
 from tests.kernels.test_cached_attention import DTYPES, Batch, assert_close
+from tests.kernels.test_logit_edits import edited, make_scores, random_edits
 
 NONE = -1
 NO_SCORES = (0, 0.0, None, None)
@@ -149,7 +151,15 @@ def check_program(draw: random.Random) -> None:
     assert ((actual - expected).abs() <= 1e-4 * expected.abs().amax().clamp(min=1)).all()
 
 
-CHECKS = pytest.mark.parametrize("check", [check_linear, check_cached_attention, check_program])
+def check_edits(draw: random.Random) -> None:
+    rows, vocab = draw.randint(1, 9), draw.choice([draw.randint(1, 200), draw.randint(1, 3000)])
+    scores = make_scores(rows, vocab, draw.randint(0, 999))
+    for _ in range(draw.choice([0, 0, 3])):
+        scores[draw.randrange(rows), draw.randrange(vocab)] = draw.choice([math.nan, math.inf, -math.inf])
+    edited(scores, random_edits(draw, rows, vocab), num_threads=draw.randint(1, 3))
+
+
+CHECKS = pytest.mark.parametrize("check", [check_linear, check_cached_attention, check_program, check_edits])
 
 
 def run(check: Callable[[random.Random], None], seeds: range) -> None:

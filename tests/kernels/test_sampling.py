@@ -26,6 +26,12 @@ FILTERS = [
     {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for temperature, top_k, top_p, min_p in itertools.product((0.7, 1.5), (0, 1, 5, 17), (1.0, 0.8, 0.3), (0.0, 0.2))
 ]
+TYPICAL = [
+    {"temperature": temperature, "typical_p": typical_p, **others}
+    for temperature, typical_p, others in itertools.product(
+        (0.7, 1.5), (0.05, 0.3, 0.9), ({}, {"top_k": 17}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9, "min_p": 0.05})
+    )
+]
 PENALTIES = [
     {"repetition_penalty": 1.5},
     {"presence_penalty": 1.2},
@@ -52,7 +58,7 @@ def assert_same(a: object, b: object) -> None:
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("params", FILTERS, ids=str)
+@pytest.mark.parametrize("params", FILTERS + TYPICAL, ids=str)
 def test_tokens_drawn_are_exactly_those_the_reference_leaves(params):
     counts, probabilities = one_row(make_logits(1, 40, scale=1.0)[0], 20_000, **params)
     assert torch.equal(counts > 0, probabilities > 0)
@@ -66,6 +72,8 @@ def test_tokens_drawn_are_exactly_those_the_reference_leaves(params):
         {"temperature": 2.0, "top_k": 20},
         {"top_p": 0.9},
         {"min_p": 0.05},
+        {"typical_p": 0.7},
+        {"typical_p": 0.6, "top_k": 50},
         {"temperature": 1.3, "top_k": 30, "top_p": 0.8, "min_p": 0.01},
     ],
     ids=str,
@@ -87,7 +95,16 @@ def test_draws_follow_the_reference_distribution(params):
 @pytest.mark.parametrize("vocab", [1, 2, 15, 127, 128, 129, 1000, 50257])
 @pytest.mark.parametrize(
     "params",
-    [{}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.95}, {"top_k": 700}, {"min_p": 0.03, "top_p": 0.7}],
+    [
+        {},
+        {"top_k": 50, "top_p": 0.9},
+        {"top_p": 0.95},
+        {"top_k": 700},
+        {"min_p": 0.03, "top_p": 0.7},
+        {"typical_p": 0.9},
+        {"typical_p": 0.4, "top_p": 0.95},
+        {"typical_p": 0.8, "min_p": 0.01},
+    ],
     ids=str,
 )
 def test_each_token_is_the_reference_token_at_any_vocabulary_size(vocab, params):
@@ -124,9 +141,10 @@ def mixed_batch(rows: int, vocab: int = 777) -> tuple[Tensor, dict[str, list]]:
         {"top_k": 9, "num_logprobs": 4},
         {"top_p": 0.9, "presence_penalty": 1.0, "repetition_penalty": 1.3},
         {"min_p": 0.1, "frequency_penalty": 0.5, "num_logprobs": 0},
+        {"typical_p": 0.5},
     ]
     names = {name for kind in kinds for name in kind}
-    defaults = {"temperature": 0.9, "top_p": 1.0, "repetition_penalty": 1.0, "num_logprobs": -1}
+    defaults = {"temperature": 0.9, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "num_logprobs": -1}
     columns = {
         name: [kinds[row % len(kinds)].get(name, defaults.get(name, 0)) for row in range(rows)] for name in names
     }
@@ -220,7 +238,9 @@ def test_greedy_takes_the_lowest_of_equal_ids():
     assert result.top_ids.tolist() == [[0, 1], [77, 300], [400, 450]]
 
 
-@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.3}, {"top_k": 6, "top_p": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"top_k": 3}, {"top_p": 0.3}, {"top_k": 6, "top_p": 0.5}, {"typical_p": 0.4}], ids=str
+)
 @pytest.mark.parametrize("vocab", [10, 1000])
 def test_filters_keep_the_lower_ids_of_equal_logits(vocab, params):
     counts, probabilities = one_row(torch.full((vocab,), 1.25), 20_000, **params)
@@ -315,7 +335,14 @@ def test_a_history_outside_the_vocabulary_is_an_error_of_its_row():
 
 @pytest.mark.parametrize(
     "params",
-    [{"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 1}, {"temperature": 2e-5}, {"temperature": 1e-38}],
+    [
+        {"top_p": 1e-6},
+        {"top_p": 1e-6, "typical_p": 0.5},
+        {"min_p": 1.0},
+        {"top_k": 1},
+        {"temperature": 2e-5},
+        {"temperature": 1e-38},
+    ],
     ids=str,
 )
 def test_one_token_left_is_always_that_token(params):
@@ -324,7 +351,25 @@ def test_one_token_left_is_always_that_token(params):
     assert torch.equal(sample(logits, batch).token_ids, logits.argmax(-1))
 
 
-@pytest.mark.parametrize("params", [*FILTERS[::5], {"temperature": 1e38}, {"top_k": 10_000}], ids=str)
+def test_the_typical_token_need_not_be_the_likeliest():
+    for share, kept in [(0.7, [True, *[False] * 16]), (0.4, [False, *[True] * 3, *[False] * 13])]:
+        logits = torch.tensor([share, *[(1 - share) / 16] * 16]).log()
+        counts, _ = one_row(logits, 2000, typical_p=0.1)
+        assert (counts > 0).tolist() == kept
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_typical_tokens_are_those_of_transformers(temperature):
+    from transformers import TypicalLogitsWarper
+
+    logits = make_logits(1, 200, scale=2.0)
+    for typical_p in (0.2, 0.5, 0.9, 0.99):
+        theirs = TypicalLogitsWarper(typical_p)(None, logits / temperature)[0]
+        batch = SamplingBatch.build(1, temperature=temperature, typical_p=typical_p)
+        assert torch.equal(reference.sampling_probabilities(logits, batch)[0] > 0, theirs > -INF)
+
+
+@pytest.mark.parametrize("params", [*FILTERS[::5], *TYPICAL[::5], {"temperature": 1e38}, {"top_k": 10_000}], ids=str)
 def test_tokens_at_minus_infinity_are_never_drawn(params):
     logits = torch.full((200,), -INF)
     logits[[3, 130, 199]] = torch.tensor([1.0, 0.5, 0.9])
@@ -355,6 +400,8 @@ def test_an_empty_batch_gives_an_empty_result():
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", 1.5),
+        ("typical_p", 0.0),
+        ("typical_p", 1.1),
         ("repetition_penalty", 0.0),
         ("presence_penalty", 2.5),
         ("frequency_penalty", -3.0),
@@ -386,9 +433,70 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(field, value):
 def test_histories_that_do_not_fit_the_batch_are_refused():
     with pytest.raises(ValueError, match="must hold 2 lists"):
         SamplingBatch.build(2, prompt_ids=[[1]])
-    fields = {name: getattr(SamplingBatch.build(1), name) for name in SamplingBatch.__match_args__}
-    with pytest.raises(ValueError, match="history_offsets"):
-        SamplingBatch(**{**fields, "history_offsets": torch.tensor([0, 5])})
+    places = places_of([[1, 2]], [[3]])
+    with pytest.raises(ValueError, match="history must come alone"):
+        SamplingBatch.build(1, history=places, output_ids=[[1]])
+    with pytest.raises(ValueError, match="history_lengths must be a contiguous int32 array"):
+        SamplingBatch.build(1, history=(*places[:2], places[2].long(), places[3]))
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "prompt_lengths", "message"),
+    [
+        ([0, 0], [6, 5], [0, 0], "^history_starts must be .*, got 0 in row 0$"),
+        ([0, 2], [5, 4], [0, 0], "^history_starts must be .*, got 2 in row 1$"),
+        ([-1, 0], [0, 0], [0, 0], "^history_starts must be .*, got -1 in row 0$"),
+        ([2**63 - 1, 0], [1, 0], [0, 0], "^history_starts must be .* in row 0$"),
+        ([0, 0], [0, -1], [0, 0], "^history_lengths must be at least 0, got -1 in row 1$"),
+        ([0, 0], [1, 1], [2, 0], "^prompt_lengths must be .*, got 2 in row 0$"),
+        ([0, 0], [1, 1], [0, -1], "^prompt_lengths must be .*, got -1 in row 1$"),
+    ],
+)
+def test_a_history_outside_its_buffer_is_refused_by_row(starts, lengths, prompt_lengths, message):
+    ids = torch.zeros(5, dtype=torch.int32)
+    columns = torch.tensor(starts), *(torch.tensor(x, dtype=torch.int32) for x in (lengths, prompt_lengths))
+    with pytest.raises(ValueError, match=message):
+        SamplingBatch.build(2, history=(ids, *columns))
+
+
+def places_of(prompts: list[list[int]], outputs: list[list[int]], width: int = 40) -> tuple[Tensor, ...]:
+    """A table of tokens with room for more, one row a sequence, last row first."""
+    table = torch.full((len(prompts), width), 10**9, dtype=torch.int32)
+    lengths = torch.zeros(len(prompts), dtype=torch.int32)
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        lengths[row] = len(prompt) + len(output)
+        table[-1 - row, : len(prompt) + len(output)] = torch.tensor([*prompt, *output])
+    starts = torch.arange(len(prompts)).flip(0) * width
+    return table.view(-1), starts, lengths, torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+
+
+def test_a_history_grows_in_its_place():
+    rows, vocab = 3, 12
+    logits = make_logits(rows, vocab)
+    prompts, outputs = [[1, 2], [], [3]], [[], [4], [5, 5]]
+    params = {"repetition_penalty": 1.7, "frequency_penalty": 1.0, "seed": [1, 2, 3]}
+    ids, starts, lengths, prompt_lengths = places_of(prompts, outputs)
+    batch = SamplingBatch.build(rows, history=(ids, starts, lengths, prompt_lengths), **params)
+    for position in range(20):
+        copied = SamplingBatch.build(rows, prompt_ids=prompts, output_ids=outputs, position=position, **params)
+        tokens = sample(logits, batch).token_ids
+        assert torch.equal(tokens, sample(logits, copied).token_ids)
+        assert torch.equal(tokens, reference.sample(logits, batch))
+        ids[starts + lengths] = tokens.int()
+        lengths.add_(1)
+        batch.position.add_(1)
+        outputs = [[*output, token] for output, token in zip(outputs, tokens.tolist(), strict=True)]
+
+
+def test_a_history_moved_out_of_its_buffer_is_not_followed():
+    ids, starts, lengths, prompt_lengths = places_of([[1, 2]], [[3]], width=3)
+    batch = SamplingBatch.build(1, presence_penalty=1.0, history=(ids, starts, lengths, prompt_lengths))
+    wanted = sample(make_logits(1, 10), batch).token_ids
+    for start, length in [(0, 2**31 - 1), (-(2**63), 3), (2**63 - 1, 2**31 - 1), (0, -5), (1, 7)]:
+        starts[0], lengths[0], prompt_lengths[0] = start, length, 2**31 - 1
+        assert sample(make_logits(1, 10), batch).errors == [None]
+    starts[0], lengths[0], prompt_lengths[0] = 0, 3, 2
+    assert torch.equal(sample(make_logits(1, 10), batch).token_ids, wanted)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +531,7 @@ from tests.kernels.conftest import CPU_PATHS
 logits, columns = mixed_batch(40)
 wide = make_logits(4, 33333, scale=1.0)
 results = [sample(logits, SamplingBatch.build(40, **columns))]
-for params in ({}, {"top_p": 0.9}, {"top_k": 600}, {"min_p": 0.2, "num_logprobs": 40}):
+for params in ({}, {"top_p": 0.9}, {"top_k": 600}, {"min_p": 0.2, "num_logprobs": 40}, {"typical_p": 0.6}):
     results.append(sample(wide, SamplingBatch.build(4, seed=range(4), **params)))
 for r in results:
     print([x.tolist() for x in (r.token_ids, r.ranks, r.logprobs, r.top_ids, r.top_logprobs)])
@@ -446,7 +554,7 @@ def test_every_cpu_path_gives_the_same_bits():
     assert paths[0] == "generic"
     assert [stderr.strip().splitlines()[-1] for _, stderr in outputs] == paths
     assert {stdout for stdout, _ in outputs} == {outputs[0][0]}
-    assert outputs[0][0].count("\n") == 5
+    assert outputs[0][0].count("\n") == 6
 
 
 def test_an_unknown_cpu_path_is_refused_by_name():
