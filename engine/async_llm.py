@@ -30,7 +30,9 @@ class _Mailbox:
         self._content: RequestOutput | Exception | None = None
 
     def put(self, content: RequestOutput | Exception) -> None:
-        """May be called from any thread."""
+        """May be called from any thread. Nothing replaces an error."""
+        if isinstance(self._content, Exception):
+            return
         self._content = content
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits any more
             self._loop.call_soon_threadsafe(self._arrived.set)
@@ -159,5 +161,5 @@ class AsyncLLM:
             self._stopped = self._stopped or error
             self._work.notify()
         for request_id, mailbox in list(self._mailboxes.items()):
-            self.llm.abort(request_id)
             mailbox.put(self._stopped)
+            self.llm.abort(request_id)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.beam_params import BeamSearchParams
 from engine.beam_search import BeamSearch, Hypothesis, NoContinuation
 from engine.kv_cache import KVCache
-from engine.logits_rules import apply_rules
+from engine.logits_rules import edits_of
 from engine.prompts import Prompt, PromptReader
 from engine.request import BeamSearchOutput, BeamSequence, Request
 from engine.sampling import SamplingParams
+from kernels.sampling import edit_logits, log_softmax_, top_k
 from models.tokenizer import Tokenizer
 
 
@@ -37,34 +39,45 @@ def search_request(reader: PromptReader, request_id: str, prompt: Prompt, params
     return request
 
 
-def advance_searches(searches: Mapping[Request, int], logits: Tensor, cache: KVCache) -> None:
-    """Takes a step of every search, given logits (rows, vocab) and where those of its live beams begin."""
-    for request, start in searches.items():
-        log_probs = logits[start : start + len(request.live)].log_softmax(-1)
-        _advance(request, log_probs, cache)
+def advance_searches(requests: list[Request], logits: Tensor, cache: KVCache, num_threads: int | None) -> None:
+    """Takes a step of every search, given the logits (rows, vocab) of their live beams, packed; they are changed."""
+    beams = [sequence for request in requests for sequence in request.live]
+    scores = log_softmax_(logits, num_threads=num_threads)
+    edits = edits_of(beams, [len(sequence.token_ids) for sequence in beams], cache.tokens, logits.shape[1])
+    if edits is not None:
+        edit_logits(scores, edits, num_threads=num_threads)
+    again = [i for i, sequence in enumerate(beams) if sequence.request.rules.renormalize]
+    if again:
+        scores[again] = log_softmax_(scores[again], num_threads=num_threads)
+    wanted = min(max(_beams(request).num_candidates for request in requests), scores.shape[1])
+    logprobs, tokens = (best.numpy() for best in top_k(scores, wanted, num_threads=num_threads))
+    start = 0
+    for request in requests:
+        end, count = start + len(request.live), _beams(request).num_candidates
+        _advance(request, logprobs[start:end, :count], tokens[start:end, :count], cache)
+        start = end
 
 
-def _advance(request: Request, log_probs: Tensor, cache: KVCache) -> None:
+def _advance(
+    request: Request, logprobs: NDArray[np.float32], tokens: NDArray[np.int64], cache: KVCache
+) -> None:  # fmt: skip
     beams = _beams(request)
-    cached = beams.token_ids.shape[1]
-    apply_rules(log_probs, beams.token_ids, request.rules, beams.num_prompt, beams.max_length)
-    if request.rules.renormalize:
-        log_probs = log_probs.log_softmax(-1)
+    cached = beams.length
     try:
-        parents = beams.advance(log_probs)
+        parents = beams.advance(logprobs, tokens)
     except NoContinuation as error:
         for sequence in request.sequences:
             sequence.finish("error", error=str(error))
         return
+    request.forked = True
     if beams.done:
         for sequence in request.sequences:
             sequence.finish("stop")
         return
     rows = [sequence.row for sequence in request.sequences if sequence.row is not None]
-    cache.reorder(rows, parents.tolist())
-    cache.tokens[[row.index for row in rows], cached] = beams.token_ids[:, -1]
-    request.forked = True
-    for sequence, token_ids in zip(request.sequences, beams.token_ids.tolist(), strict=True):
+    cache.reorder(rows, parents)
+    cache.tokens[[row.index for row in rows], cached] = [token_ids[-1] for token_ids in beams.token_ids]
+    for sequence, token_ids in zip(request.sequences, beams.token_ids, strict=True):
         sequence.token_ids, sequence.num_cached = token_ids, cached
 
 

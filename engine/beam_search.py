@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.beam_params import BeamSearchParams
-from kernels.sampling import top_k
 
 # The log-probability of a beam there is not: all but the first before the first step, ended ones afterwards.
 NOTHING = -1e9
@@ -39,20 +38,21 @@ class Candidates:
     ``stops`` marks those that cannot go on: those that ``ended`` with an end token, or all at the length limit.
     """
 
-    logprobs: Tensor
-    parents: Tensor
-    tokens: Tensor
-    ended: Tensor
-    stops: Tensor
+    logprobs: NDArray[np.float32]
+    parents: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    ended: NDArray[np.bool_]
+    stops: NDArray[np.bool_]
 
 
 class BeamSearch:
     """The beams of one request: those running, best first, and the finished hypotheses, best first.
 
     Attributes:
-        token_ids: int64 (rows, length) of the running beams, prompt included; one row before the first step, then
-            ``beam_width``.
+        token_ids: of the running beams, prompt included; one list before the first step, then ``beam_width``.
         logprobs: float32 (beam_width,) of the running beams.
+        num_candidates: how many of each beam's likeliest tokens a step takes, if there are so many: were every end
+            token among them, there would still be beam_width others to go on with.
         done: nothing is left to do.
     """
 
@@ -60,28 +60,35 @@ class BeamSearch:
         self, params: BeamSearchParams, prompt_ids: list[int], max_length: int, eos_ids: tuple[int, ...]
     ) -> None:
         self.params, self.num_prompt, self.max_length = params, len(prompt_ids), max_length
-        self.eos_ids = torch.tensor(() if params.ignore_eos else eos_ids, dtype=torch.int64)
-        self.token_ids = torch.tensor([prompt_ids], dtype=torch.int64)
-        self.logprobs = torch.full((params.beam_width,), NOTHING)
+        self.eos_ids = np.array(() if params.ignore_eos else eos_ids, dtype=np.int64)
+        self.num_candidates = max(2, 1 + len(self.eos_ids)) * params.beam_width
+        self.token_ids = [list(prompt_ids)]
+        self.logprobs: NDArray[np.float32] = np.full(params.beam_width, NOTHING, dtype=np.float32)
         self.logprobs[0] = 0.0
         # Greedy search takes the first hypothesis that ends, as transformers does with one beam.
         self.stops_when_full = params.early_stopping is True or params.beam_width == 1
         self.finished: list[Hypothesis] = []
         self.done = False
 
-    def advance(self, log_probs: Tensor) -> Tensor:
-        """Takes a step, given float32 log-probabilities (rows, vocab) of the token after each row of ``token_ids``.
+    @property
+    def length(self) -> int:
+        """Of the running beams, prompt included."""
+        return len(self.token_ids[0])
 
-        Returns int64 (beam_width,): the row that each beam continues, its new token being its last in ``token_ids``.
-        Raises NoContinuation when the log-probabilities are NaN or leave no token.
+    def advance(self, logprobs: NDArray[np.float32], tokens: NDArray[np.int64]) -> list[int]:
+        """Takes a step, given the best ``num_candidates`` of each beam, (beams, candidates), best first.
+
+        Returns the beam that each beam continues, its new token being its last in ``token_ids``. Raises NoContinuation
+        when the log-probabilities are NaN or leave no token.
         """
-        best = self._candidates(log_probs)
+        best = self._candidates(logprobs, tokens)
         self._keep_finished(best)
-        logprobs = best.logprobs + best.stops * NOTHING
-        chosen = logprobs.topk(self.params.beam_width).indices
-        parents = best.parents[chosen]
-        self.logprobs = logprobs[chosen]
-        self.token_ids = torch.cat([self.token_ids[parents], best.tokens[chosen][:, None]], dim=1)
+        running = best.logprobs + best.stops.astype(np.float32) * np.float32(NOTHING)
+        chosen = np.argsort(-running, kind="stable")[: self.params.beam_width]
+        parents: list[int] = best.parents[chosen].tolist()
+        self.logprobs = running[chosen]
+        new = best.tokens[chosen].tolist()
+        self.token_ids = [[*self.token_ids[parent], token] for parent, token in zip(parents, new, strict=True)]
         self.done = bool(best.stops.all()) or not self._can_improve()
         return parents
 
@@ -89,28 +96,27 @@ class BeamSearch:
         """The best ``num_return_sequences``; fewer where there are not so many different ones."""
         return [found for found in self.finished if found.cum_logprob > NOTHING / 2][: self.params.num_returned]
 
-    def _candidates(self, log_probs: Tensor) -> Candidates:
-        width, (rows, vocab) = self.params.beam_width, log_probs.shape
-        # Were every end token among the best of every beam, there would still be beam_width others to go on with.
-        wanted = max(2, 1 + len(self.eos_ids)) * width
-        best, ids = top_k(log_probs, count := min(wanted, vocab))
+    def _candidates(self, logprobs: NDArray[np.float32], tokens: NDArray[np.int64]) -> Candidates:
+        beams, count = logprobs.shape
         # The prompt's one row stands for every beam, of which all but the first are NOTHING.
-        logprobs, at = (best.expand(width, count) + self.logprobs[:, None]).flatten().topk(wanted)
-        if not logprobs[0].isfinite():
-            why = "the generation rules leave no token" if logprobs[0] < 0 else "the model gave no finite logits"
-            raise NoContinuation(why)
-        parents = at // count % rows
-        tokens = ids[parents, at % count]
-        ended = torch.isin(tokens, self.eos_ids)
-        stops = ended | (self.token_ids.shape[1] + 1 >= self.max_length)
-        return Candidates(logprobs, parents, tokens, ended, stops)
+        sums = (logprobs + self.logprobs[:, None]).ravel()
+        best = np.argsort(-sums, kind="stable")[: self.num_candidates]
+        if not np.isfinite(sums[best[0]]) or np.isnan(logprobs).any():
+            dead = not np.isnan(logprobs).any()
+            raise NoContinuation("the generation rules leave no token" if dead else "the model gave no finite logits")
+        parents = best // count % beams
+        chosen = tokens[parents, best % count]
+        ended = np.isin(chosen, self.eos_ids)
+        return Candidates(sums[best], parents, chosen, ended, ended | (self.length + 1 >= self.max_length))
 
     def _keep_finished(self, best: Candidates) -> None:
         """Adds those of the ``beam_width`` best candidates that stop; the rest are there only to go on with."""
-        scores = best.logprobs / self._penalty(self.token_ids.shape[1] + 1)
-        for i, stops in enumerate(best.stops[: self.params.beam_width].tolist()):
-            if stops and scores[i] > NOTHING:
-                token_ids = [*self.token_ids[best.parents[i], self.num_prompt :].tolist(), int(best.tokens[i])]
+        if not best.stops[: self.params.beam_width].any():
+            return
+        scores = best.logprobs / np.float32(self._penalty(self.length + 1))
+        for i in np.flatnonzero(best.stops[: self.params.beam_width]):
+            if scores[i] > NOTHING:
+                token_ids = [*self.token_ids[best.parents[i]][self.num_prompt :], int(best.tokens[i])]
                 found = Hypothesis(token_ids, float(best.logprobs[i]), float(scores[i]), bool(best.ended[i]))
                 self.finished.append(found)
         self.finished.sort(key=lambda found: -found.score)
@@ -122,12 +128,12 @@ class BeamSearch:
         if full and self.stops_when_full:
             return False
         worst = self.finished[-1].score if full else NOTHING
-        return bool(self.logprobs[0] / self._penalty(self._hoped_length()) > worst)
+        return bool(self.logprobs[0] / np.float32(self._penalty(self._hoped_length())) > worst)
 
     def _hoped_length(self) -> int:
         """The length at which the best running beam would score best: "never" looks ahead, others do not."""
         looks_ahead = self.params.early_stopping == "never" and self.params.length_penalty > 0
-        return self.max_length if looks_ahead else self.token_ids.shape[1]
+        return self.max_length if looks_ahead else self.length
 
     def _penalty(self, length: int) -> float:
         """What a log-probability is divided by at this length, prompt included."""

@@ -12,24 +12,24 @@ from engine.batch import Batch, Table
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
 from engine.kv_cache import Source
-from engine.logits_rules import apply_to_samples
+from engine.logits_rules import edits_of
 from engine.metrics import EngineMetrics, StepClock
 from engine.request import Request, Sequence
 from engine.runner import Runner
 from engine.sampling_batch import SamplingColumns
 from engine.scheduler import Schedule, Scheduler
 from engine.token_scores import add_scores
-from kernels.sampling import SampleResult, sample
+from kernels.sampling import SampleResult, edit_logits, sample
 from models.tokenizer import Tokenizer
 
 
 @dataclass
 class Outlets:
-    """What a step's logits are for: the sequences to sample and their rows, the searches and where theirs begin."""
+    """What a step's logits are for: the sequences to sample, and searches, with their rows; what has been scored."""
 
     samples: list[Sequence] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    searches: dict[Request, int] = field(default_factory=dict)
+    searches: dict[Request, list[int]] = field(default_factory=dict)
     scored: list[Sequence] = field(default_factory=list)
 
 
@@ -46,7 +46,7 @@ class Engine:
         self.weights_may_change = False
         self.runner, self.cache = runner, runner.cache
         self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
-        self.columns = SamplingColumns()
+        self.columns = SamplingColumns(self.cache.tokens)
         self.clock = StepClock()
         self._sampling = 0.0
 
@@ -75,7 +75,8 @@ class Engine:
         if outlets.samples:
             self._sample(outlets.samples, _picked(logits, outlets.rows))
         if outlets.searches:
-            advance_searches(outlets.searches, logits, self.cache)
+            rows = [row for each in outlets.searches.values() for row in each]
+            advance_searches(list(outlets.searches), _picked(logits, rows), self.cache, self.num_threads)
         changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
         self.clock.stop(len(outlets.samples) + sum(len(request.live) for request in outlets.searches))
@@ -142,7 +143,7 @@ class Engine:
         if request.only_scores:
             sequence.finish("stop")
         elif request.beams is not None:
-            outlets.searches.setdefault(request, start)
+            outlets.searches.setdefault(request, []).append(end - 1)
         else:
             sampled = [sequence] if request.forked else self._fork(request)
             outlets.samples += sampled
@@ -160,13 +161,15 @@ class Engine:
         return request.sequences
 
     def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
-        apply_to_samples(sequences, logits)
-        batch = self.columns.batch(sequences)
+        lengths = [len(sequence.token_ids) for sequence in sequences]
         start = time.perf_counter()
-        result = sample(logits, batch, num_threads=self.num_threads)
+        edits = edits_of(sequences, lengths, self.cache.tokens, logits.shape[1])
+        if edits is not None:
+            edit_logits(logits, edits, num_threads=self.num_threads)
+        result = sample(logits, self.columns.batch(sequences, lengths), num_threads=self.num_threads)
         self._sampling += time.perf_counter() - start
         rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
-        self.cache.tokens[rows, [len(sequence.token_ids) for sequence in sequences]] = result.token_ids
+        self.cache.tokens[rows, lengths] = result.token_ids
         self._deliver(sequences, result)
 
     def _deliver(self, sequences: list[Sequence], result: SampleResult) -> None:

@@ -1,28 +1,33 @@
 """Rules on the next token that look at the sequence so far: what must come, and what must not.
 
-The meaning and the order are those of transformers' logits processors. But for the two that are for beams alone, rules
-only set entries, to 0 or to minus infinity, so they apply to logits (sampling) as to log-probabilities (beam search,
-whose sums then leave a forced token out, as in transformers).
+The meaning and the order are those of transformers' logits processors, and apply to logits (sampling) as to
+log-probabilities (beam search, whose sums then leave a forced token out, as in transformers). What a rule asks of one
+row at one place is put together here; ``kernels.sampling.edit_logits`` does it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from engine.sampling import SamplingParams
-from models.generation import GenerationConfig
+from kernels.sampling import LogitEdits
 
 if TYPE_CHECKING:
     from engine.request import Sequence
 
+Mask = NDArray[np.int32]  # bit i % 32 of word i // 32: token i is allowed
+BAN = -math.inf
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class GenerationRules:
     """What a model or a request asks of generated tokens; the default asks nothing.
 
@@ -36,6 +41,7 @@ class GenerationRules:
             the sampler has its own).
         renormalize: log-probabilities sum to one again in the end (of beams alone).
         min_new_tokens: neither an end token nor a stop token before so many others.
+        logit_bias: added to the scores of tokens. allowed: only these tokens come.
     """
 
     eos_ids: tuple[int, ...] = ()
@@ -49,96 +55,100 @@ class GenerationRules:
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
     renormalize: bool = False
-
-    @functools.cached_property
-    def reads_history(self) -> bool:
-        """Whether any rule depends on more of the sequence than its length."""
-        return bool(self.no_repeat_ngram_size) or any(len(word) > 1 for word in self.bad_words)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed: Mask | None = None
 
     @functools.cached_property
     def ask_nothing(self) -> bool:
-        return self == GenerationRules(eos_ids=self.eos_ids, stop_ids=self.stop_ids)
+        always = self.suppress_ids or self.bad_words or self.no_repeat_ngram_size or self.logit_bias
+        sometimes = self.begin_suppress_ids or self.min_new_tokens or self.repetition_penalty != 1
+        forced = self.forced_bos_id is not None or self.forced_eos_id is not None or self.allowed is not None
+        return not (always or sometimes or forced)
 
+    def forced(self, length: int, max_length: int) -> int | None:
+        """The one token that may follow ``length`` tokens, if the model says so."""
+        if self.forced_eos_id is not None and length == max_length - 1:
+            return self.forced_eos_id
+        return self.forced_bos_id if length == 1 else None
 
-def rules_of(generation: GenerationConfig, params: SamplingParams) -> GenerationRules:
-    """The rules of a model and, beside them, of one request."""
-    return GenerationRules(
-        generation.eos_ids, tuple(params.stop_token_ids or ()), generation.forced_bos_id, generation.forced_eos_id,
-        generation.suppress_ids, generation.begin_suppress_ids, generation.bad_words, params.no_repeat_ngram_size,
-        params.min_tokens,
-    )  # fmt: skip
-
-
-def apply_to_samples(samples: list[Sequence], logits: Tensor) -> None:
-    """Applies the rules of each sample's request, in place, to its row of logits."""
-    for i, sequence in enumerate(samples):
-        rules = sequence.request.rules
-        if rules.ask_nothing:
-            continue
-        # A long history is made a tensor only for the rules that read it; the others ask for its length.
-        length = len(sequence.token_ids)
-        history = (
-            torch.tensor([sequence.token_ids]) if rules.reads_history else torch.empty(1, length, dtype=torch.int64)
-        )
-        apply_rules(logits[i : i + 1], history, rules, sequence.num_prompt, sequence.max_length)
+    def bias(self, text: NDArray[np.int32], num_prompt: int) -> dict[int, float]:
+        """What to add to the scores of the token after ``text``, the decoder's prompt of ``num_prompt`` included."""
+        bias = dict(self.logit_bias)
+        for *start, last in self.bad_words:
+            repeated = text[len(text) - len(start) :].tolist() == start if len(start) <= len(text) else False
+            if repeated and (start or last not in self.eos_ids):
+                bias[last] = BAN
+        banned = self.suppress_ids
+        if len(text) - num_prompt < self.min_new_tokens:
+            banned += self.eos_ids + self.stop_ids
+        if len(text) == num_prompt + (num_prompt == 1 and self.forced_bos_id is not None):
+            banned += self.begin_suppress_ids
+        return bias | dict.fromkeys(banned, BAN)
 
 
 NO_RULES = GenerationRules()
 
 
-def apply_rules(scores: Tensor, token_ids: Tensor, rules: GenerationRules, num_prompt: int, max_length: int) -> None:
-    """Applies one request's rules, in place, to the scores (rows, vocab) of the token after each row of ``token_ids``.
+def mask_of(token_ids: SequenceOf[int], vocab_size: int) -> Mask:
+    """A mask that allows these tokens alone."""
+    mask = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+    for token_id in token_ids:
+        mask[token_id // 32] |= np.uint32(1 << token_id % 32)
+    return mask.view(np.int32)
 
-    ``token_ids`` are int64 (rows, length), the decoder's prompt of ``num_prompt`` tokens included; ``max_length`` is
-    the longest they may grow. A later rule overrides an earlier one: suppressing a forced token leaves nothing.
+
+def edits_of(
+    sequences: SequenceOf[Sequence],
+    lengths: SequenceOf[int],
+    tokens: NDArray[np.int32],
+    vocab_size: int,
+    masks: Mapping[int, Mask] | None = None,
+) -> LogitEdits | None:
+    """What the rules of these sequences ask of rows of scores, one a sequence; None: nothing.
+
+    A row's scores are those of the token after the first ``lengths`` of its sequence's in ``tokens``, int32 (rows,
+    positions). ``masks``: further ones, by row.
     """
-    length = token_ids.shape[1]
-    if rules.repetition_penalty != 1:
-        penalise_repetition(scores, token_ids, rules.repetition_penalty)
-    ban_repeated_ngrams(scores, token_ids, rules.no_repeat_ngram_size)
-    for word in rules.bad_words:
-        if len(word) > 1 or word[0] not in rules.eos_ids:
-            ban_word(scores, token_ids, word)
-    if length - num_prompt < rules.min_new_tokens and (rules.eos_ids or rules.stop_ids):
-        scores[:, [*rules.eos_ids, *rules.stop_ids]] = -math.inf
-    if rules.forced_bos_id is not None and length == 1:
-        force(scores, rules.forced_bos_id)
-    if rules.forced_eos_id is not None and length == max_length - 1:
-        force(scores, rules.forced_eos_id)
-    if rules.suppress_ids:
-        scores[:, list(rules.suppress_ids)] = -math.inf
-    forced_first = num_prompt == 1 and rules.forced_bos_id is not None
-    if rules.begin_suppress_ids and length == num_prompt + forced_first:
-        scores[:, list(rules.begin_suppress_ids)] = -math.inf
+    masks = masks or {}
+    rows = [
+        i for i, sequence in enumerate(sequences) if not sequence.request.rules.ask_nothing or i in masks
+    ]  # fmt: skip
+    if not rows:
+        return None
+    chosen = [(sequences[i], lengths[i], masks.get(i)) for i in rows]
+    rules = [sequence.request.rules for sequence, _, _ in chosen]
+    places = [sequence.row.index for sequence, _, _ in chosen if sequence.row is not None]
+    bias, forced, allowed = [], [], []
+    for (sequence, length, mask), own, place in zip(chosen, rules, places, strict=True):
+        bias.append(own.bias(tokens[place, :length], sequence.num_prompt))
+        token_id = own.forced(length, sequence.max_length)
+        forced.append(-1 if token_id is None else token_id)
+        # A rule that strikes a forced token out leaves nothing.
+        struck_out = token_id is not None and bias[-1].get(token_id) == BAN
+        nothing = mask_of((), vocab_size) if struck_out else None
+        allowed.append(_joined(own.allowed, mask, nothing))
+    distinct = [mask for mask in allowed if mask is not None]
+    numbers = iter(range(len(distinct)))
+    return LogitEdits.build(
+        rows,
+        repetition_penalty=[own.repetition_penalty for own in rules],
+        no_repeat_ngram_size=[own.no_repeat_ngram_size for own in rules],
+        bias=bias,
+        forced=forced,
+        mask=[-1 if mask is None else next(numbers) for mask in allowed],
+        masks=torch.from_numpy(np.stack(distinct)) if distinct else None,
+        history=_history(tokens, places, [length for _, length, _ in chosen]),
+    )
 
 
-def penalise_repetition(scores: Tensor, token_ids: Tensor, penalty: float) -> None:
-    """Makes every token seen before less likely (CTRL, arXiv:1909.05858)."""
-    seen = scores.gather(1, token_ids)
-    scores.scatter_(1, token_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+def _joined(*masks: Mask | None) -> Mask | None:
+    """What all of them allow."""
+    given = [mask for mask in masks if mask is not None]
+    return functools.reduce(np.bitwise_and, given) if given else None
 
 
-def force(scores: Tensor, token_id: int) -> None:
-    """Leaves this one token, and a row that is not finite as it is: that is for others to find."""
-    broken = scores.isnan().any(1)
-    scores.masked_fill_(~broken[:, None], -math.inf)
-    scores[~broken, token_id] = 0.0
-
-
-def ban_word(scores: Tensor, token_ids: Tensor, word: tuple[int, ...]) -> None:
-    """Bans the last token of ``word`` where the tokens before it have just come."""
-    *start, last = word
-    if len(start) <= token_ids.shape[1]:
-        tail = token_ids[:, token_ids.shape[1] - len(start) :]
-        scores[(tail == torch.tensor(start, dtype=torch.int64)).all(1), last] = -math.inf
-
-
-def ban_repeated_ngrams(scores: Tensor, token_ids: Tensor, size: int) -> None:
-    """Bans every token that would complete an n-gram of this size a second time."""
-    length = token_ids.shape[1]
-    if not 0 < size <= length:
-        return
-    windows = token_ids.unfold(1, size, 1)  # (rows, windows, size)
-    last_tokens = token_ids[:, None, length + 1 - size :]
-    rows, at = (windows[..., :-1] == last_tokens).all(-1).nonzero(as_tuple=True)
-    scores[rows, windows[rows, at, -1]] = -math.inf
+def _history(
+    tokens: NDArray[np.int32], places: list[int], lengths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    starts = torch.tensor(places, dtype=torch.int64) * tokens.shape[1]
+    return torch.from_numpy(tokens.reshape(-1)), starts, torch.tensor(lengths, dtype=torch.int32)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-from engine.logits_rules import rules_of
+from engine.logits_rules import GenerationRules, mask_of
 from engine.request import Request, Sequence
 from engine.sampling import SamplingParams
 from models.config import TransformerConfig
@@ -32,7 +32,7 @@ class PromptReader:
         """The request for a prompt, with its ``n`` sequences; sample i draws from ``seed + i``."""
         self._check_params(params)
         request = self._read(request_id, prompt, params)
-        request.rules = rules_of(self.generation, params)
+        request.rules = self._rules(params)
         length = len(request.prompt_token_ids)
         if length >= self.max_model_len:
             raise ValueError(
@@ -55,14 +55,36 @@ class PromptReader:
         return request
 
     def _check_params(self, params: SamplingParams) -> None:
-        vocab_size = self.config.target_vocab_size or 0
-        for token_id in params.stop_token_ids or ():
-            if token_id >= vocab_size:
-                raise ValueError(f"stop_token_ids holds {token_id}, beyond the vocabulary's {vocab_size} tokens")
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(params, name) or ():
+                if token_id >= self.vocab_size:
+                    raise ValueError(f"{name} holds {token_id}, beyond the vocabulary's {self.vocab_size} tokens")
         if params.task is not None and not self.config.is_encoder_decoder:
             raise ValueError(f"task {params.task!r} goes before a source, which a decoder-only model does not have")
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none")
+        for name in ("stop", "bad_words"):
+            if getattr(params, name) and self.tokenizer is None:
+                raise ValueError(f"{name} needs a tokenizer, and this model has none")
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokens that are generated."""
+        return self.config.target_vocab_size or 0
+
+    def _rules(self, params: SamplingParams) -> GenerationRules:
+        """The rules of the model and, beside them, of one request."""
+        generation, allowed = self.generation, params.allowed_token_ids
+        return GenerationRules(
+            generation.eos_ids, tuple(params.stop_token_ids or ()), generation.forced_bos_id, generation.forced_eos_id,
+            generation.suppress_ids, generation.begin_suppress_ids, generation.bad_words + self._bad_words(params),
+            params.no_repeat_ngram_size, params.min_tokens, logit_bias=dict(params.logit_bias or {}),
+            allowed=None if allowed is None else mask_of(allowed, self.vocab_size),
+        )  # fmt: skip
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each word's tokens, as at the start of a text and behind a space."""
+        spellings = [spelled for word in params.bad_words or () for spelled in (word, " " + word.lstrip(" "))]
+        found = (tuple(self.target_ids(spelled)) for spelled in spellings)
+        return tuple(dict.fromkeys(token_ids for token_ids in found if token_ids))
 
     def _read(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
         if isinstance(prompt, Mapping) and set(prompt) == {"encoder_prompt", "decoder_prompt"}:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 MAX_SAMPLES = 16_384
 MAX_LOGPROBS = 128
 MAX_TOP_K = 2**31 - 1
 MAX_FLOAT = 3e38  # about float32's largest
+LogitsProcessor = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class SamplingParams:
         prompt_logprobs: the same of each token of the decoder's prompt but the first.
         skip_special_tokens: leave special tokens out of the text.
         min_tokens: no end or stop token before so many others.
+        logit_bias: added to the logits of these tokens. allowed_token_ids: only these are generated.
+        bad_words: texts whose tokens never come in a row.
+        logits_processors: callables of (output's token ids, logits) or (prompt's, output's, logits), a list or two and
+            a float32 tensor (vocab,), that give the logits to go on with, before everything else that changes them.
+        typical_p: keep the tokens whose surprise is closest to the expected one, of mass typical_p.
         no_repeat_ngram_size: no run of so many tokens occurs twice in prompt and output; 0 is off.
         task: of the model's ``task_specific_params``, whose prefix goes before the source.
     """
@@ -53,6 +61,11 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    typical_p: float = 1.0
     no_repeat_ngram_size: int = 0
     task: str | None = None
 
@@ -65,6 +78,7 @@ class SamplingParams:
         check_number("presence_penalty", self.presence_penalty, -2, 2)
         check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        check_number("typical_p", self.typical_p, 0, 1, open_low=True)
         check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, None)
         if not isinstance(self.task, str | None):
             raise ValueError(f"task must be the name of a task, got {self.task!r}")
@@ -80,13 +94,29 @@ class SamplingParams:
             raise ValueError(f"stop must be a string or a list of them, got {self.stop!r}")
         if any(not isinstance(text, str) or not text for text in self.stop_strings):
             raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
-        if self.stop_token_ids is not None and not isinstance(self.stop_token_ids, list | tuple):
-            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
-        for token_id in self.stop_token_ids or ():
-            check_integer("stop_token_ids", token_id, 0, None)
+        self._check_lists()
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _check_lists(self) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids", "bad_words", "logits_processors"):
+            if (values := getattr(self, name)) is not None and not isinstance(values, list | tuple):
+                raise ValueError(f"{name} must be a list, got {values!r:.80}")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
+                check_integer(name, token_id, 0, None)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must hold a token, got none")
+        if any(not isinstance(word, str) or not word for word in self.bad_words or ()):
+            raise ValueError(f"bad_words must be strings that are not empty, got {self.bad_words!r:.80}")
+        if any(not callable(process) for process in self.logits_processors or ()):
+            raise ValueError(f"logits_processors must be callables, got {self.logits_processors!r:.80}")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ValueError(f"logit_bias must be a dict of token ids and numbers, got {self.logit_bias!r:.80}")
+        for token_id, bias in (self.logit_bias or {}).items():
+            check_integer("logit_bias", token_id, 0, None)
+            check_number("logit_bias", bias, -MAX_FLOAT, MAX_FLOAT)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

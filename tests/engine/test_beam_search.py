@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from engine.beam_params import BeamSearchParams
 from engine.beam_search import BeamSearch, NoContinuation
-from engine.logits_rules import GenerationRules, apply_rules
+from engine.kv_cache import Row
+from engine.logits_rules import GenerationRules, edits_of
+from engine.request import Request, Sequence
+from engine.sampling import SamplingParams
+from kernels.sampling import edit_logits, top_k
 
 VOCAB, EOS, PAD, START = 97, 2, 0, 1
 PROMPT, SOURCE = [START, 9, 14, 9, 14, 30], [11, 5, 40, 7, 2]
@@ -56,13 +61,29 @@ def search(kind: str, params: BeamSearchParams, rules: GenerationRules, source: 
     assert params.max_tokens is not None
     beams = BeamSearch(params, prompt, len(prompt) + params.max_tokens, rules.eos_ids)
     while not beams.done:
-        ids = beams.token_ids
+        ids = torch.tensor(beams.token_ids)
         given = {} if kind == "gpt2" else {"decoder_input_ids": ids}
         inputs = ids if kind == "gpt2" else torch.tensor([source]).expand(len(ids), -1)
         log_probs = model(inputs, **given).logits[:, -1].float().log_softmax(-1)
-        apply_rules(log_probs, ids, rules, beams.num_prompt, beams.max_length)
-        beams.advance(log_probs)
+        edit(log_probs, beams, rules)
+        advance(beams, log_probs)
     return beams
+
+
+def edit(log_probs: torch.Tensor, beams: BeamSearch, rules: GenerationRules) -> None:
+    """What the rules ask of the running beams, as in the engine."""
+    request = Request("", None, beams.token_ids[0][: beams.num_prompt], SamplingParams(), rules=rules)
+    sequences = [
+        Sequence(request, i, ids, 0, None, beams.max_length, row=Row(i, None)) for i, ids in enumerate(beams.token_ids)
+    ]
+    edits = edits_of(sequences, [beams.length] * len(sequences), np.array(beams.token_ids, dtype=np.int32), VOCAB)
+    if edits is not None:
+        edit_logits(log_probs, edits)
+
+
+def advance(beams: BeamSearch, log_probs: torch.Tensor) -> None:
+    best, tokens = top_k(log_probs, min(beams.num_candidates, log_probs.shape[1]))
+    beams.advance(best.numpy(), tokens.numpy())
 
 
 def expected(kind: str, params: BeamSearchParams, rules: GenerationRules) -> tuple[list[list[int]], list[float] | None]:
@@ -165,7 +186,7 @@ def test_patience_says_how_many_finished_hypotheses_are_enough(patience: float, 
     params = BeamSearchParams(4, max_tokens=30, early_stopping=True, patience=patience)
     beams = search("bart", params, GenerationRules(eos_ids=(EOS,)))
     assert len(beams.finished) == enough
-    assert beams.token_ids.shape[1] < 31
+    assert beams.length < 31
     assert len(beams.hypotheses()) == min(4, enough)
 
 
@@ -179,7 +200,7 @@ def test_hypotheses_that_are_not_there_are_not_returned() -> None:
 @pytest.mark.parametrize(("value", "message"), [(float("nan"), "finite"), (-float("inf"), "leave no token")])
 def test_log_probabilities_that_leave_nothing_are_an_error(value: float, message: str) -> None:
     with pytest.raises(NoContinuation, match=message):
-        BeamSearch(BeamSearchParams(3), [1], 9, (EOS,)).advance(torch.full((1, VOCAB), value))
+        advance(BeamSearch(BeamSearchParams(3), [1], 9, (EOS,)), torch.full((1, VOCAB), value))
 
 
 def test_rules_that_contradict_each_other_are_an_error() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.logits_rules import ban_repeated_ngrams, force, penalise_repetition
 from kernels import reference
 from kernels.sampling import LogitEdits, edit_logits
 from tests.kernels.conftest import RunOnPath
@@ -64,27 +63,6 @@ def test_edits_are_those_of_the_reference(vocab: int) -> None:
         for _ in range(draw.choice([0, 0, 3])):
             scores[draw.randrange(rows), draw.randrange(vocab)] = draw.choice([NAN, INF, -INF, 0.0])
         edited(scores, random_edits(draw, rows, vocab))
-
-
-@pytest.mark.parametrize("log_probabilities", [False, True])
-def test_edits_are_those_of_the_engines_rules(log_probabilities: bool) -> None:
-    rows, vocab, length = 5, 40, 30
-    scores = make_scores(rows, vocab)
-    scores = scores.log_softmax(-1) if log_probabilities else scores
-    token_ids = torch.randint(0, 6, (rows, length), generator=torch.Generator().manual_seed(1))
-    for size in (1, 2, 3, 29, 30, 31):
-        edits = LogitEdits.build(
-            range(rows), repetition_penalty=1.3, no_repeat_ngram_size=size, token_ids=token_ids.tolist()
-        )
-        expected = scores.clone()
-        penalise_repetition(expected, token_ids, 1.3)
-        ban_repeated_ngrams(expected, token_ids, size)
-        torch.testing.assert_close(edited(scores, edits), expected, rtol=0, atol=0)
-    scores[2, 5] = NAN
-    expected = scores.clone()
-    force(expected, 7)
-    result = edited(scores, LogitEdits.build(range(rows), forced=7))
-    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rows_not_named_are_not_touched() -> None:
