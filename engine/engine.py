@@ -12,12 +12,14 @@ from engine.batch import Batch, Table
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
 from engine.kv_cache import Source
+from engine.logits_processors import process_logits
 from engine.logits_rules import edits_of
 from engine.metrics import EngineMetrics, StepClock
 from engine.request import Request, Sequence
 from engine.runner import Runner
 from engine.sampling_batch import SamplingColumns
 from engine.scheduler import Schedule, Scheduler
+from engine.speculation import Speculation
 from engine.token_scores import add_scores
 from kernels.sampling import SampleResult, edit_logits, sample
 from models.tokenizer import Tokenizer
@@ -28,6 +30,8 @@ class Outlets:
     """What a step's logits are for: the sequences to sample, and searches, with their rows; what has been scored."""
 
     samples: list[Sequence] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of the samples, each behind so many of its tokens and its draft
+    num_sampled: int = 0  # tokens that came of it
     rows: list[int] = field(default_factory=list)
     searches: dict[Request, list[int]] = field(default_factory=dict)
     scored: list[Sequence] = field(default_factory=list)
@@ -48,6 +52,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
         self.columns = SamplingColumns(self.cache.tokens)
         self.clock = StepClock()
+        self.speculation: Speculation | None = None
         self._sampling = 0.0
 
     def add_request(self, request: Request) -> None:
@@ -67,21 +72,30 @@ class Engine:
     def step(self) -> list[Request]:
         """Runs one step; returns the requests that got something, finished ones included (none when idle)."""
         self.clock.start()
+        if self.speculation is not None:
+            self.speculation.guess(self.scheduler.live)
         schedule = self.scheduler.schedule()
         if not schedule.sequences:
             return []
         logits = self._run(schedule)
         outlets = self._outlets(schedule, logits)
         if outlets.samples:
-            self._sample(outlets.samples, _picked(logits, outlets.rows))
+            outlets.num_sampled = self._sample(outlets, _picked(logits, outlets.rows))
         if outlets.searches:
             rows = [row for each in outlets.searches.values() for row in each]
             advance_searches(list(outlets.searches), _picked(logits, rows), self.cache, self.num_threads)
         changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
-        self.clock.stop(len(outlets.samples) + sum(len(request.live) for request in outlets.searches))
+        self._count(schedule, outlets)
         _tell(changed)
         return changed
+
+    def _count(self, schedule: Schedule, outlets: Outlets) -> None:
+        """Takes note of what the step has done, and in what time."""
+        tokens = outlets.num_sampled + sum(len(request.live) for request in outlets.searches)
+        seconds = self.clock.stop(tokens)
+        if self.speculation is not None and schedule.only_decodes:
+            self.speculation.cost.add(sum(schedule.counts), seconds)
 
     def metrics(self) -> EngineMetrics:
         return self.clock.metrics(self.scheduler)
@@ -138,16 +152,18 @@ class Engine:
         if request.scored is not None and len(request.scores) < request.scored[1] - request.scored[0]:
             add_scores(sequence, logits[start:end], self.tokenizer)
             outlets.scored.append(sequence)
-        if sequence.num_lacking or sequence.finish_reason is not None:
+        if sequence.num_lacking > 0 or sequence.finish_reason is not None:
             return
         if request.only_scores:
             sequence.finish("stop")
         elif request.beams is not None:
             outlets.searches.setdefault(request, []).append(end - 1)
         else:
-            sampled = [sequence] if request.forked else self._fork(request)
+            places = range(len(sequence.draft) + 1)
+            sampled = [sequence for _ in places] if request.forked else self._fork(request)
             outlets.samples += sampled
-            outlets.rows += [end - 1] * len(sampled)
+            outlets.lengths += [len(sequence.token_ids) + (i if sequence.draft else 0) for i in range(len(sampled))]
+            outlets.rows += list(range(start, end)) if sequence.draft else [end - 1] * len(sampled)
 
     def _fork(self, request: Request) -> list[Sequence]:
         """Gives all samples what the first has: the prompt's keys and values."""
@@ -160,27 +176,47 @@ class Engine:
                 sequence.num_cached = first.num_cached
         return request.sequences
 
-    def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
-        lengths = [len(sequence.token_ids) for sequence in sequences]
+    def _sample(self, outlets: Outlets, logits: Tensor) -> int:
+        """Draws the next token of each sample, and those behind its draft's; returns how many are delivered."""
+        sequences, lengths = outlets.samples, outlets.lengths
         start = time.perf_counter()
+        process_logits(sequences, logits)
         edits = edits_of(sequences, lengths, self.cache.tokens, logits.shape[1])
         if edits is not None:
             edit_logits(logits, edits, num_threads=self.num_threads)
-        result = sample(logits, self.columns.batch(sequences, lengths), num_threads=self.num_threads)
-        self._sampling += time.perf_counter() - start
         rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
+        result = sample(logits, self.columns.batch(sequences, lengths, rows), num_threads=self.num_threads)
+        self._sampling += time.perf_counter() - start
         self.cache.tokens[rows, lengths] = result.token_ids
-        self._deliver(sequences, result)
+        token_ids, i, delivered = result.token_ids.tolist(), 0, 0
+        while i < len(sequences):
+            end = i + 1 + len(sequences[i].draft)
+            delivered += self._deliver(sequences[i], result, token_ids, i, end)
+            i = end
+        return delivered
 
-    def _deliver(self, sequences: list[Sequence], result: SampleResult) -> None:
-        for i, (sequence, token_id) in enumerate(zip(sequences, result.token_ids.tolist(), strict=True)):
-            if (error := result.errors[i]) is not None:
+    def _deliver(self, sequence: Sequence, result: SampleResult, token_ids: list[int], start: int, end: int) -> int:
+        """Gives a sequence the tokens drawn in the rows from ``start`` on, as long as they are those of its draft."""
+        draft, sequence.draft = sequence.draft, []
+        for i in range(start, end):
+            if sequence.finish_reason is None and (error := result.errors[i]) is not None:
                 sequence.finish("error", error=error)
-                continue
+            if sequence.finish_reason is not None:
+                end = i
+                break
+            token_id = token_ids[i]
             if sequence.request.params.logprobs is not None:
                 sequence.add_logprobs(token_id, result, i, self.tokenizer)
             sequence.token_ids.append(token_id)
             deliver(sequence, token_id)
+            if i - start == len(draft) or token_id != draft[i - start]:
+                end = i + 1
+                break
+        if draft and self.speculation is not None:
+            # The last token came of the model alone.
+            self.speculation.judge(sequence, max(0, end - start - 1), len(draft))
+            sequence.num_cached = len(sequence.token_ids) - 1
+        return end - start
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds since the last call, by what they went into: sampling, and what the runner tells apart."""

@@ -18,16 +18,20 @@ from rich.progress import Progress
 from engine.beam_params import BeamSearchParams
 from engine.beam_requests import search_output
 from engine.detokenize import released_text
+from engine.draft_model import DraftModel
 from engine.engine import Engine
 from engine.intake import AnyParams, Intake, Params, Prompts
 from engine.metrics import EngineMetrics
 from engine.options import EngineOptions, resolve_device, resolve_dtype
 from engine.outputs import output_of
+from engine.prompt_lookup import PromptLookup
 from engine.prompts import Prompt, PromptReader
 from engine.request import BeamSearchOutput, Delta, EncoderOutput, Request, RequestOutput, ScoreOutput, Sequence
 from engine.runners import native_runner, torch_runner
 from engine.sampling import SamplingParams, check_priority
 from engine.score import score_output, score_request
+from engine.speculation import Speculation
+from engine.speculative_config import SpeculativeConfig
 from models import checkpoint
 from models.assembly import NamedWeights
 from models.files import CheckpointError
@@ -118,7 +122,22 @@ class LLM:
         self.engine = Engine(runner, tokenizer, options.step_tokens, options.num_threads)
         self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
         self.intake = Intake(self.reader, options.seed)
+        if options.speculative_config is not None:
+            self.engine.speculation = self._speculation(options.speculative_config, options)
         self.lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
+
+    def _speculation(self, config: SpeculativeConfig, options: EngineOptions) -> Speculation:
+        number, ours = config.num_speculative_tokens, self.config
+        if config.kind == "ngram":
+            reads_source = ours.is_encoder_decoder and ours.vocab_size == ours.target_vocab_size
+            return Speculation(PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max, reads_source), number)
+        same = {name: getattr(options, name) for name in ("quantization", "max_num_seqs", "num_threads", "block_size")}
+        draft = config.model if config.folder is None else LLM(config.folder, **same)
+        if not isinstance(draft, LLM):
+            raise ValueError(f"speculative_config's model must be a folder, got {draft!r:.80}")
+        if draft.config.architecture != ours.architecture or draft.config.target_vocab_size != ours.target_vocab_size:
+            raise ValueError("the draft model must be of the model's architecture and have its vocabulary")
+        return Speculation(DraftModel(draft.engine.runner, draft.max_model_len, options.num_threads), number)
 
     def generate(
         self, prompts: Prompts, params: Params = None, use_tqdm: bool = True, *, priority: SequenceOf[int] | None = None

@@ -44,14 +44,16 @@ class StepClock:
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
         self._start = 0.0
 
-    def start(self) -> float:
+    def start(self) -> None:
         self._start = time.perf_counter()
-        return self._start
 
-    def stop(self, num_tokens: int) -> None:
-        self._recent.append((time.perf_counter() - self._start, num_tokens))
+    def stop(self, num_tokens: int) -> float:
+        """Returns the seconds since ``start``."""
+        seconds = time.perf_counter() - self._start
+        self._recent.append((seconds, num_tokens))
         self.num_steps += 1
         self.num_tokens += num_tokens
+        return seconds
 
     def metrics(self, scheduler: Scheduler) -> EngineMetrics:
         cache = scheduler.cache

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from engine.speculative_config import SpeculativeConfig
 from kernels.backend import BACKENDS, choose
 from kernels.cached_attention import PAGE
 from models.config import TransformerConfig
@@ -39,6 +40,7 @@ class EngineOptions:
             bfloat16 beside quantised ones.
         block_size: tokens in a block of the cache; for native a multiple of 16.
         enable_prefix_caching: keys and values of equal beginnings, and of equal sources, are computed once.
+        speculative_config: how tokens to come are guessed, a dict (``engine.speculative_config``); None: not at all.
         num_threads: CPU threads, torch's own unless given. seed: of the requests that bring none.
     """
 
@@ -51,6 +53,7 @@ class EngineOptions:
     kv_cache_dtype: str = "auto"
     block_size: int = 16
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | None = None
     num_threads: int | None = None
     seed: int = 0
 
@@ -68,7 +71,7 @@ class EngineOptions:
                 continue
             if (
                 isinstance(field.default, str)
-                or field.name == "quantization"
+                or field.name in ("quantization", "speculative_config")
                 or (value is None and field.default is None)
             ):
                 continue
@@ -100,6 +103,8 @@ class EngineOptions:
             raise ValueError(
                 f"LLM has no option {unknown[0]!r}: choose from tokenizer, device, dtype, {', '.join(known)}"
             )
+        if (speculative := options.get("speculative_config")) is not None:
+            options = {**options, "speculative_config": SpeculativeConfig.of(speculative)}
         return cls(**options)
 
     def model_length(self, config: TransformerConfig) -> int:

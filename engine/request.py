@@ -124,7 +124,7 @@ class BeamSearchOutput:
     error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One sample of a request while it runs. ``token_ids`` starts with the decoder's prompt."""
 
@@ -136,6 +136,7 @@ class Sequence:
     max_length: int  # token_ids never grows beyond it
     num_cached: int = 0  # tokens whose keys and values are in the cache
     row: Row | None = None
+    draft: list[int] = field(default_factory=list)  # guesses at the tokens to come, for the next step
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     text: str = ""

@@ -22,9 +22,8 @@ class SamplingColumns:
         self._places: tuple[list[int], list[int]] = ([], [])
         self._batch: SamplingBatch | None = None
 
-    def batch(self, sequences: list[Sequence], lengths: list[int]) -> SamplingBatch:
-        """Of the token after the first ``lengths`` of each sequence; it counts until the next call."""
-        rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
+    def batch(self, sequences: list[Sequence], lengths: list[int], rows: list[int]) -> SamplingBatch:
+        """Of the token after the first ``lengths`` of each sequence, in its row; it counts until the next call."""
         same = (rows, lengths) == self._places and all(map(operator.is_, sequences, self._sequences))
         if self._batch is None or not same:
             self._batch = self._build(sequences, rows, lengths)

@@ -20,7 +20,10 @@ class Schedule:
     counts: list[int] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
 
+    only_decodes: bool = True  # no sources, and no prompts but their last tokens
+
     def add(self, sequence: Sequence, count: int) -> None:
+        self.only_decodes = self.only_decodes and count == 1 + len(sequence.draft)
         self.sequences.append(sequence)
         self.counts.append(count)
         self.wanted.append(_wanted(sequence, sequence.num_cached, sequence.num_cached + count))
@@ -31,7 +34,7 @@ def _wanted(sequence: Sequence, start: int, end: int) -> int:
     scored = sequence.request.scored
     if scored is not None and start < scored[1] - 1:
         return max(0, end - max(start, scored[0] - 1))
-    return 1 if end == len(sequence.token_ids) else 0
+    return 1 + len(sequence.draft) if end == len(sequence.token_ids) + len(sequence.draft) else 0
 
 
 class Scheduler:
@@ -105,6 +108,11 @@ class Scheduler:
                 if request in self.running:
                     self.running.remove(request)
 
+    @property
+    def live(self) -> list[Sequence]:
+        """The sequences of all running requests that run in each step."""
+        return [sequence for request in self.running for sequence in request.live]
+
     def schedule(self) -> Schedule:
         """The next step; without sequences where nothing is left to do."""
         schedule = Schedule()
@@ -136,8 +144,21 @@ class Scheduler:
                 continue  # beams take a step together
             for sequence in live:
                 if sequence.num_lacking == 1:
-                    self._add(schedule, sequence, 1)
+                    self._add(schedule, sequence, 1 + self._accept_draft(sequence))
         return prompts
+
+    def _accept_draft(self, sequence: Sequence) -> int:
+        """Puts a sequence's draft behind its tokens, if there is room for it; returns how many tokens it has."""
+        if not sequence.draft:
+            return 0
+        row, length = sequence.row, len(sequence.token_ids)
+        assert row is not None
+        end = length + len(sequence.draft)
+        if not self.cache.grow(row, sequence.num_cached, end):
+            sequence.draft = []
+            return 0
+        self.cache.tokens[row.index, length:end] = sequence.draft
+        return len(sequence.draft)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to it that the sequence's tokens have blocks; False: there is no room."""
@@ -155,7 +176,7 @@ class Scheduler:
     def _add(self, schedule: Schedule, sequence: Sequence, count: int) -> None:
         schedule.add(sequence, count)
         assert sequence.row is not None
-        end = sequence.num_cached + count
+        end = min(sequence.num_cached + count, len(sequence.token_ids))  # a draft may be wrong
         if end - sequence.row.num_known * self.cache.block_size >= self.cache.block_size:
             self.cache.remember(sequence.row, sequence.token_ids, end)
 
@@ -176,6 +197,7 @@ class Scheduler:
                 self._count(request)
             if request.source is not None and not request.source.encoded and request.source not in schedule.sources:
                 schedule.sources.append(request.source)
+                schedule.only_decodes = False
                 room = max(room - encoder_tokens, 1)
             for sequence in request.live:
                 room -= self._schedule_prompt(schedule, sequence, room)
@@ -202,7 +224,7 @@ class Scheduler:
             sequence.row = self.cache.open_row(request.source)
         live = request.live
         # Those that run will each want another block soon: who is let in without them is the next to be sent back.
-        reserve = sum(len(other.live) for other in self.running)
+        reserve = len(self.live)
         fits = all(self._fill(sequence) for sequence in live) and self.cache.pool.num_available >= reserve
         if not fits:
             self._close_all(request)
@@ -234,6 +256,7 @@ class Scheduler:
 
     def _close(self, sequence: Sequence) -> None:
         assert sequence.row is not None
+        sequence.draft = []
         self.cache.close_row(sequence.row)
         sequence.row, sequence.num_cached = None, 0
 

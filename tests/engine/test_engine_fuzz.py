@@ -10,8 +10,10 @@ import pytest
 from engine import BeamSearchParams, SamplingParams
 from engine.beam_requests import search_output, search_request
 from engine.engine import Engine
+from engine.prompt_lookup import PromptLookup
 from engine.prompts import PromptReader
 from engine.request import Request
+from engine.speculation import Speculation, StepCost
 from tests.engine.hash_model import hash_engine, reader
 
 MAX_LEN = 40
@@ -79,13 +81,18 @@ def check_accounts(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
-@pytest.mark.parametrize("caching", [True, False])
-def test_random_lives_of_an_engine(architecture: str, caching: bool) -> None:
+@pytest.mark.parametrize(("caching", "guessing"), [(True, False), (False, True)])
+def test_random_lives_of_an_engine(
+    architecture: str, caching: bool, guessing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """20,000 operations over the four cases, on a pool so small that requests are sent back all the time."""
     rng, prompts = random.Random(f"{architecture} {caching}"), reader(architecture, MAX_LEN)
     engine = hash_engine(
         14 if prompts.config.is_encoder_decoder else 11, 4, 8, MAX_LEN, 9, FAILS, enable_prefix_caching=caching
     )
+    if guessing:
+        monkeypatch.setattr(StepCost, "of_a_row", lambda self, rows: 1e-9)
+        engine.speculation = Speculation(PromptLookup(1, 3, reads_source=True), 5)
     alive: dict[str, Request] = {}
     lives: dict[str, float] = {}
     finished = failed = number = 0
@@ -111,6 +118,7 @@ def test_random_lives_of_an_engine(architecture: str, caching: bool) -> None:
                 if finished % 3 == 0:
                     assert outcome(request) == run_alone(lives[request.request_id], int(request.request_id), prompts)
     assert failed > 2 and finished > 200 and engine.scheduler.num_preemptions > 30
+    assert engine.speculation is None or engine.speculation.num_guessed > engine.speculation.num_right > 20
     for request_id in list(alive):
         engine.abort(request_id)
     assert not engine.has_unfinished_requests() and not any(engine.cache.pool.holders)
