@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from engine.sampling import check_integer, check_number
 MAX_BEAMS = 1024
 MAX_PENALTY = 16.0  # length ** length_penalty stays a number, whatever the length
 MAX_PATIENCE = 1024.0
+MAX_FORCED = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class BeamSearchParams:
         patience: round(beam_width * patience) finished hypotheses are kept, and are enough: the patience factor of
             "A Call for Clarity in Beam Search" (Kasai et al., 2022); 1 is plain beam search.
         ignore_eos: the end token is a token like any other.
+        num_beam_groups: the beams are so many searches of equal width, which step in turn; diversity_penalty is taken
+            off the log-probability of a token for each beam of the groups before that has chosen it in this step
+            ("Diverse Beam Search", Vijayakumar et al., 2016).
+        force_words: texts, or their token ids, that every hypothesis contains, where the length allows it ("Fast
+            Lexically Constrained Decoding", Post and Vilar, 2018).
         task: of the model's ``task_specific_params``, whose prefix goes before the source.
     """
 
@@ -45,6 +52,9 @@ class BeamSearchParams:
     no_repeat_ngram_size: int = 0
     patience: float = 1.0
     ignore_eos: bool = False
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    force_words: Sequence[str | Sequence[int]] | None = None
     task: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,8 +70,26 @@ class BeamSearchParams:
         check_number("patience", self.patience, 0, MAX_PATIENCE, open_low=True)
         if self.num_return_sequences is not None:
             check_integer("num_return_sequences", self.num_return_sequences, 1, min(self.beam_width, self.num_kept))
+        self._check_groups()
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+
+    def _check_groups(self) -> None:
+        check_integer("num_beam_groups", self.num_beam_groups, 1, self.beam_width)
+        if self.beam_width % self.num_beam_groups:
+            raise ValueError(f"num_beam_groups {self.num_beam_groups} must divide beam_width {self.beam_width}")
+        check_number("diversity_penalty", self.diversity_penalty, 0, math.inf)
+        if self.diversity_penalty and self.num_beam_groups == 1:
+            raise ValueError("diversity_penalty needs num_beam_groups above 1")
+        if self.force_words is None:
+            return
+        words = self.force_words
+        if not isinstance(words, list | tuple) or not all(
+            isinstance(word, str | list | tuple) and word for word in words
+        ):
+            raise ValueError(f"force_words must be texts or lists of token ids, none of them empty, got {words!r:.80}")
+        if len(words) > MAX_FORCED or self.num_beam_groups > 1:
+            raise ValueError(f"force_words takes {MAX_FORCED} words at most, and no groups")
 
     @property
     def num_kept(self) -> int:

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.beam_params import BeamSearchParams
-from engine.beam_search import BeamSearch, Hypothesis, NoContinuation
+from engine.beam_search import BeamSearch, Hypothesis, Logprobs, NoContinuation
+from engine.constrained_beams import ConstrainedBeamSearch
+from engine.diverse_beams import DiverseBeamSearch
 from engine.kv_cache import KVCache
 from engine.logits_rules import edits_of
 from engine.prompts import Prompt, PromptReader
@@ -34,9 +36,24 @@ def search_request(reader: PromptReader, request_id: str, prompt: Prompt, params
     request.rules = replace(
         request.rules, repetition_penalty=params.repetition_penalty, renormalize=reader.generation.renormalize
     )
-    eos_ids = reader.generation.eos_ids
-    request.beams = BeamSearch(params, request.prompt_token_ids, request.sequences[0].max_length, eos_ids)
+    max_length, eos_ids = request.sequences[0].max_length, reader.generation.eos_ids
+    if params.force_words:
+        words = _forced(reader, params, max_length - request.num_prompt)
+        request.beams = ConstrainedBeamSearch(params, request.prompt_token_ids, max_length, eos_ids, words)
+    else:
+        kind = BeamSearch if params.num_beam_groups == 1 else DiverseBeamSearch
+        request.beams = kind(params, request.prompt_token_ids, max_length, eos_ids)
     return request
+
+
+def _forced(reader: PromptReader, params: BeamSearchParams, room: int) -> tuple[tuple[int, ...], ...]:
+    """The token ids of the words that must come. Raises ValueError for those that cannot."""
+    words = tuple(tuple(reader.target_ids(word)) for word in params.force_words or ())
+    if not all(words):
+        raise ValueError("force_words holds a text without tokens")
+    if (needed := sum(map(len, words))) > room:
+        raise ValueError(f"force_words are {needed} tokens, more than the {room} that may be generated")
+    return words
 
 
 def advance_searches(requests: list[Request], logits: Tensor, cache: KVCache, num_threads: int | None) -> None:
@@ -51,20 +68,20 @@ def advance_searches(requests: list[Request], logits: Tensor, cache: KVCache, nu
         scores[again] = log_softmax_(scores[again], num_threads=num_threads)
     wanted = min(max(_beams(request).num_candidates for request in requests), scores.shape[1])
     logprobs, tokens = (best.numpy() for best in top_k(scores, wanted, num_threads=num_threads))
-    start = 0
+    start, table = 0, scores.numpy()
     for request in requests:
         end, count = start + len(request.live), _beams(request).num_candidates
-        _advance(request, logprobs[start:end, :count], tokens[start:end, :count], cache)
+        _advance(request, logprobs[start:end, :count], tokens[start:end, :count], table[start:end], cache)
         start = end
 
 
 def _advance(
-    request: Request, logprobs: NDArray[np.float32], tokens: NDArray[np.int64], cache: KVCache
+    request: Request, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs, cache: KVCache
 ) -> None:  # fmt: skip
     beams = _beams(request)
     cached = beams.length
     try:
-        parents = beams.advance(logprobs, tokens)
+        parents = beams.advance(logprobs, tokens, scores)
     except NoContinuation as error:
         for sequence in request.sequences:
             sequence.finish("error", error=str(error))
@@ -103,6 +120,6 @@ def _sequence(request: Request, found: Hypothesis, tokenizer: Tokenizer | None) 
     )
 
 
-def _beams(request: Request) -> BeamSearch:
+def _beams(request: Request) -> BeamSearch | DiverseBeamSearch:
     assert request.beams is not None
     return request.beams

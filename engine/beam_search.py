@@ -31,6 +31,9 @@ class Hypothesis:
     ended: bool
 
 
+Logprobs = NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Candidates:
     """A step's likeliest continuations of all beams, best first: (candidates,) each.
@@ -38,11 +41,16 @@ class Candidates:
     ``stops`` marks those that cannot go on: those that ``ended`` with an end token, or all at the length limit.
     """
 
-    logprobs: NDArray[np.float32]
+    logprobs: Logprobs
     parents: NDArray[np.int64]
     tokens: NDArray[np.int64]
     ended: NDArray[np.bool_]
     stops: NDArray[np.bool_]
+
+    def where(self, keep: NDArray[np.bool_]) -> Candidates:
+        return Candidates(
+            self.logprobs[keep], self.parents[keep], self.tokens[keep], self.ended[keep], self.stops[keep]
+        )  # fmt: skip
 
 
 class BeamSearch:
@@ -75,28 +83,50 @@ class BeamSearch:
         """Of the running beams, prompt included."""
         return len(self.token_ids[0])
 
-    def advance(self, logprobs: NDArray[np.float32], tokens: NDArray[np.int64]) -> list[int]:
+    def advance(
+        self, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs | None = None
+    ) -> list[int]:  # fmt: skip
         """Takes a step, given the best ``num_candidates`` of each beam, (beams, candidates), best first.
 
-        Returns the beam that each beam continues, its new token being its last in ``token_ids``. Raises NoContinuation
-        when the log-probabilities are NaN or leave no token.
+        ``scores`` (beams, vocab) are all log-probabilities, for a search that looks at others than the best. Returns
+        the beam that each beam continues, its new token being its last in ``token_ids``. Raises NoContinuation when the
+        log-probabilities are NaN or leave no token.
         """
-        best = self._candidates(logprobs, tokens)
+        best = self._candidates(logprobs, tokens, scores)
         self._keep_finished(best)
         running = best.logprobs + best.stops.astype(np.float32) * np.float32(NOTHING)
-        chosen = np.argsort(-running, kind="stable")[: self.params.beam_width]
+        chosen = self._chosen(best, running)
+        self.logprobs = np.full(self.params.beam_width, NOTHING, dtype=np.float32)
+        self.logprobs[: len(chosen)] = running[chosen]
+        chosen = self._filled(chosen)
         parents: list[int] = best.parents[chosen].tolist()
-        self.logprobs = running[chosen]
         new = best.tokens[chosen].tolist()
         self.token_ids = [[*self.token_ids[parent], token] for parent, token in zip(parents, new, strict=True)]
         self.done = bool(best.stops.all()) or not self._can_improve()
         return parents
 
+    def settled(self) -> list[int]:
+        """The generated tokens that are sure to begin the best hypothesis: all that may win have them."""
+        if self.done:
+            found = self.hypotheses()
+            return found[0].token_ids if found else []
+        beams = zip(self.token_ids, self.logprobs[: len(self.token_ids)], strict=True)
+        alive = [token_ids[self.num_prompt :] for token_ids, own in beams if own > NOTHING / 2]
+        return common_prefix([*alive, *(found.token_ids for found in self.finished)])
+
     def hypotheses(self) -> list[Hypothesis]:
         """The best ``num_return_sequences``; fewer where there are not so many different ones."""
         return [found for found in self.finished if found.cum_logprob > NOTHING / 2][: self.params.num_returned]
 
-    def _candidates(self, logprobs: NDArray[np.float32], tokens: NDArray[np.int64]) -> Candidates:
+    def _filled(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """As many as there are beams; those that are missing, which are NOTHING, repeat the last."""
+        return np.append(chosen, np.repeat(chosen[-1:], self.params.beam_width - len(chosen)))
+
+    def _chosen(self, best: Candidates, running: Logprobs) -> NDArray[np.int64]:
+        """Which candidates to go on with, best first, given their log-probabilities as running ones."""
+        return np.argsort(-running, kind="stable")[: self.params.beam_width]
+
+    def _candidates(self, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs | None) -> Candidates:
         beams, count = logprobs.shape
         # The prompt's one row stands for every beam, of which all but the first are NOTHING.
         sums = (logprobs + self.logprobs[:, None]).ravel()
@@ -138,3 +168,12 @@ class BeamSearch:
     def _penalty(self, length: int) -> float:
         """What a log-probability is divided by at this length, prompt included."""
         return float((length - self.num_prompt) ** self.params.length_penalty)
+
+
+def common_prefix(lists: list[list[int]]) -> list[int]:
+    """The longest beginning that all of some lists have."""
+    low, high = min(lists), max(lists)
+    for i, token_id in enumerate(low):
+        if i >= len(high) or high[i] != token_id:
+            return low[:i]
+    return low

@@ -180,7 +180,8 @@ class Engine:
         """Draws the next token of each sample, and those behind its draft's; returns how many are delivered."""
         sequences, lengths = outlets.samples, outlets.lengths
         start = time.perf_counter()
-        process_logits(sequences, logits)
+        if any(sequence.request.params.logits_processors for sequence in sequences):
+            process_logits(sequences, logits)
         edits = edits_of(sequences, lengths, self.cache.tokens, logits.shape[1])
         if edits is not None:
             edit_logits(logits, edits, num_threads=self.num_threads)

@@ -33,7 +33,7 @@ class Intake:
     ) -> Request:
         """One prompt's request; without ``params`` the model's own, a search only where ``beams``."""
         if params is None:
-            params = self.defaults(prompt, beams)
+            params = self.defaults_after(self.prompt_length(prompt), beams)
         request_id = self.next_id() if request_id is None else request_id
         if isinstance(params, BeamSearchParams):
             return search_request(self.reader, request_id, prompt, params)
@@ -42,7 +42,7 @@ class Intake:
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         return self.reader.request(request_id, prompt, params, seed)
 
-    def requests(self, prompts: Prompts, params: Params, beams: bool = False) -> list[Request]:
+    def requests(self, prompts: Prompts, params: Params | BeamSearchParams, beams: bool = False) -> list[Request]:
         return [self.request(prompt, own, beams=beams) for prompt, own in paired(prompts, params)]
 
     def searches(
@@ -55,14 +55,15 @@ class Intake:
             return requests
         return [search_request(self.reader, self.next_id(), prompt, own) for prompt, own in paired(prompts, params)]
 
-    def defaults(self, prompt: Prompt, beams: bool) -> SamplingParams | BeamSearchParams:
+    def defaults_after(self, length: int, beams: bool) -> SamplingParams | BeamSearchParams:
+        """The model's own parameters, for a decoder's prompt of so many tokens."""
         generation = self.reader.generation
         if generation.unsupported:
             raise ValueError(
                 f"the model's generation_config.json asks for {generation.unsupported[0]}, which is not supported: "
                 "give params instead"
             )
-        return default_params(generation.defaults, self.prompt_length(prompt), beams)
+        return default_params(generation.defaults, length, beams)
 
     def prompt_length(self, prompt: Prompt) -> int:
         """How many tokens the decoder's prompt has, start token included."""

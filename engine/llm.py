@@ -17,22 +17,18 @@ from rich.progress import Progress
 
 from engine.beam_params import BeamSearchParams
 from engine.beam_requests import search_output
-from engine.detokenize import released_text
-from engine.draft_model import DraftModel
+from engine.drafters import speculation_of
 from engine.engine import Engine
 from engine.intake import AnyParams, Intake, Params, Prompts
 from engine.metrics import EngineMetrics
 from engine.options import EngineOptions, resolve_device, resolve_dtype
 from engine.outputs import output_of
-from engine.prompt_lookup import PromptLookup
 from engine.prompts import Prompt, PromptReader
 from engine.request import BeamSearchOutput, Delta, EncoderOutput, Request, RequestOutput, ScoreOutput, Sequence
-from engine.runners import native_runner, torch_runner
+from engine.runners import open_checkpoint, runner_of
 from engine.sampling import SamplingParams, check_priority
 from engine.score import score_output, score_request
-from engine.speculation import Speculation
-from engine.speculative_config import SpeculativeConfig
-from models import checkpoint
+from engine.streaming import followers_of
 from models.assembly import NamedWeights
 from models.files import CheckpointError
 from models.generation import GenerationConfig
@@ -66,16 +62,12 @@ class LLM:
             raise ValueError("model and tokenizer are paths or names; LLM.from_model takes a live model")
         checked, where = EngineOptions.of(options), resolve_device(device)
         number = resolve_dtype(dtype, where)
-        native = checked.runs_native(where)
-        if native:
-            module, own_tokenizer, weights = checkpoint.open_model(model, checked.quantization, dtype=number)
-        else:
-            module, own_tokenizer = checkpoint.load(model, where, number, checked.quantization)
+        module, own_tokenizer, weights = open_checkpoint(model, checked, where, number)
         if tokenizer is not None:
             own_tokenizer = Tokenizer.load(Path(tokenizer))
             if own_tokenizer is None:
                 raise CheckpointError(f"no tokenizer in {tokenizer}")
-        self._start(module.eval(), own_tokenizer, checked, weights if native else None)
+        self._start(module.eval(), own_tokenizer, checked, weights, where)
 
     @classmethod
     def from_model(
@@ -102,13 +94,13 @@ class LLM:
         if checked.backend == "native":
             checked.check_native(own)
             weights = live_weights(model, checked.quantization)
-        llm._start(model.eval(), tokenizer, checked, weights)
+        llm._start(model.eval(), tokenizer, checked, weights, own)
         llm.engine.weights_may_change = weights is None
         return llm
 
     def _start(
         self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None, options: EngineOptions,
-        weights: NamedWeights | None,
+        weights: NamedWeights | None, device: torch.device,
     ) -> None:  # fmt: skip
         """``weights``: those to pack for the C++ core; None where torch runs the model as it is."""
         if options.num_threads is not None:
@@ -118,38 +110,24 @@ class LLM:
             _check_vocabulary(tokenizer.vocab_size, self.config.vocab_size)
             _check_vocabulary(tokenizer.target_vocab_size, self.config.target_vocab_size or 0)
         self.max_model_len = options.model_length(self.config)
-        runner = torch_runner(model, options) if weights is None else native_runner(model, weights, options)
+        runner = runner_of(model, weights, options)
         self.engine = Engine(runner, tokenizer, options.step_tokens, options.num_threads)
+        self.engine.speculation = speculation_of(options, self.config, device)
         self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
         self.intake = Intake(self.reader, options.seed)
-        if options.speculative_config is not None:
-            self.engine.speculation = self._speculation(options.speculative_config, options)
         self.lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
 
-    def _speculation(self, config: SpeculativeConfig, options: EngineOptions) -> Speculation:
-        number, ours = config.num_speculative_tokens, self.config
-        if config.kind == "ngram":
-            reads_source = ours.is_encoder_decoder and ours.vocab_size == ours.target_vocab_size
-            return Speculation(PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max, reads_source), number)
-        same = {name: getattr(options, name) for name in ("quantization", "max_num_seqs", "num_threads", "block_size")}
-        draft = config.model if config.folder is None else LLM(config.folder, **same)
-        if not isinstance(draft, LLM):
-            raise ValueError(f"speculative_config's model must be a folder, got {draft!r:.80}")
-        if draft.config.architecture != ours.architecture or draft.config.target_vocab_size != ours.target_vocab_size:
-            raise ValueError("the draft model must be of the model's architecture and have its vocabulary")
-        return Speculation(DraftModel(draft.engine.runner, draft.max_model_len, options.num_threads), number)
-
     def generate(
-        self, prompts: Prompts, params: Params = None, use_tqdm: bool = True, *, priority: SequenceOf[int] | None = None
-    ) -> list[RequestOutput]:
+        self, prompts: Prompts, sampling_params: Params = None, use_tqdm: bool = True, *,
+        priority: SequenceOf[int] | None = None,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Runs every prompt to its end; outputs in the prompts' order. For an encoder-decoder a prompt is the source.
 
-        ``params`` are one for all or one a prompt; without any, the model's own generation_config.json counts, a beam
-        search included. ``use_tqdm`` shows a progress bar; of ``priority``, one number a prompt, lower ones come first.
-        Raises ValueError for a bad prompt or parameter before
-        anything runs.
+        ``sampling_params`` are one for all or one a prompt; without any, the model's own generation_config.json counts,
+        a beam search included. ``use_tqdm`` shows a progress bar; of ``priority``, one number a prompt, lower ones come
+        first. Raises ValueError for a bad prompt or parameter before anything runs.
         """
-        requests = self.intake.requests(prompts, params, beams=True)
+        requests = self.intake.requests(prompts, sampling_params, beams=True)
         if priority is not None:
             if len(priority) != len(requests):
                 raise ValueError(f"{len(requests)} prompts but {len(priority)} priorities: give one each")
@@ -160,29 +138,25 @@ class LLM:
             self._run(requests, lambda finished: progress.update(task, completed=finished))
         return [output_of(request, self.tokenizer) for request in requests]
 
-    def stream(self, prompts: Prompts, params: Params = None) -> Iterator[Delta]:
+    def stream(
+        self, prompts: Prompts, sampling_params: Params | BeamSearchParams = None
+    ) -> Iterator[Delta]:  # fmt: skip
         """Yields what each step adds. Text never ends inside a character, nor in what may become a stop string.
 
-        Without ``params`` the model's own defaults count, but greedy search stands for beams, which cannot be streamed.
-        Closing the iterator aborts what is left.
+        Of a beam search it yields the tokens that are sure to begin its best hypothesis. Without ``sampling_params``
+        the model's own defaults count, but greedy search stands for beams. Closing the iterator aborts what is left.
         """
-        requests = self.intake.requests(prompts, params)
-        sent: dict[tuple[int, int], tuple[int, int]] = {}
-        unfinished = [(i, sequence) for i, request in enumerate(requests) for sequence in request.sequences]
+        requests = self.intake.requests(prompts, sampling_params)
+        following = list(followers_of(requests, self.tokenizer))
         pending = _in_reverse(requests)
         with self._queued(requests):
-            while unfinished:
-                # Another call on this engine may have carried these sequences on, or to their end, in between.
+            while following:
+                # Another call on this engine may have carried these requests on, or to their end, in between.
                 self._step_for(pending)
-                for i, sequence in unfinished:
-                    characters, tokens = sent.get((i, sequence.index), (0, 0))
-                    text, output_ids = released_text(sequence), sequence.output_ids
-                    sent[i, sequence.index] = (len(text), len(output_ids))
-                    if len(output_ids) > tokens or sequence.finish_reason is not None:
-                        yield Delta(i, sequence.index, text[characters:], output_ids[tokens:], sequence.finish_reason)
-                unfinished = [
-                    (i, s) for i, s in unfinished if s.finish_reason is None or not _sent_all(s, sent[i, s.index])
-                ]
+                for follower in following:
+                    if (delta := follower.look()) is not None:
+                        yield delta
+                following = [follower for follower in following if not follower.done]
 
     def beam_search(
         self, prompts: Prompts, params: BeamSearchParams | SequenceOf[BeamSearchParams] | None = None
@@ -198,7 +172,7 @@ class LLM:
 
     def chat(
         self, messages: SequenceOf[Mapping[str, str]] | SequenceOf[SequenceOf[Mapping[str, str]]],
-        params: Params = None, use_tqdm: bool = True, **variables: Any,
+        sampling_params: Params = None, use_tqdm: bool = True, **variables: Any,
     ) -> list[RequestOutput]:  # fmt: skip
         """As ``generate``, of a conversation or a list of them, each a list of {"role": ..., "content": ...}.
 
@@ -210,7 +184,7 @@ class LLM:
                 f"messages are a list of roles and contents, or a list of such lists, got {messages!r:.80}"
             )
         several = [messages] if isinstance(messages[0], Mapping) else messages
-        return self.generate([self.chat_prompt(each, **variables) for each in several], params, use_tqdm)
+        return self.generate([self.chat_prompt(each, **variables) for each in several], sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Any, **variables: Any) -> Prompt:
         """A conversation as a prompt: the template writes the special tokens, so none are added around it."""
@@ -218,6 +192,12 @@ class LLM:
             raise ValueError("this model has no tokenizer, so no chat template")
         text = self.tokenizer.apply_chat_template(list(messages), **variables)
         return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How the model's makers would sample, by its generation_config.json. Raises ValueError where we cannot."""
+        found = self.intake.defaults_after(0, beams=False)
+        assert isinstance(found, SamplingParams)
+        return found
 
     def set_generation(self, **changes: Any) -> None:
         """Changes fields of ``models.generation.GenerationConfig`` for the requests to come, such as forced_bos_id.
@@ -377,7 +357,3 @@ def _in_reverse(requests: list[Request]) -> list[Sequence]:
 
 def _hoped_length(request: Request) -> int:
     return len(request.encoder_prompt_token_ids or ()) + request.sequences[0].max_length
-
-
-def _sent_all(sequence: Sequence, sent: tuple[int, int]) -> bool:
-    return sent == (len(sequence.text), len(sequence.output_ids))

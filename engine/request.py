@@ -15,6 +15,7 @@ from models.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from engine.beam_search import BeamSearch
+    from engine.diverse_beams import DiverseBeamSearch
     from engine.kv_cache import Row, Source
     from kernels.sampling import SampleResult
 
@@ -188,7 +189,7 @@ class Request:
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
     sequences: list[Sequence] = field(default_factory=list)
-    beams: BeamSearch | None = None
+    beams: BeamSearch | DiverseBeamSearch | None = None
     rules: GenerationRules = NO_RULES
     scored: tuple[int, int] | None = None
     only_scores: bool = False

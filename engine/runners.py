@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from engine.kv_cache import KVCache
 from engine.native_runner import NativeRunner, NativeStorage
 from engine.options import EngineOptions
-from engine.runner import TorchRunner
+from engine.runner import Runner, TorchRunner
 from engine.tensor_cache import TensorStorage
 from kernels.cached_attention import CacheFormat
+from models import checkpoint
 from models.assembly import NamedWeights
 from models.config import TransformerConfig
 from models.native import Weights, lower
+from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
+
+
+def open_checkpoint(
+    folder: str | Path, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> tuple[DecoderOnly | EncoderDecoder, Tokenizer | None, NamedWeights | None]:
+    """A checkpoint's model and tokenizer; with its weights apart where the C++ core runs it, else in the model."""
+    if options.runs_native(device):
+        return checkpoint.open_model(folder, options.quantization, dtype=dtype)
+    return *checkpoint.load(folder, device, dtype, options.quantization), None
+
+
+def runner_of(
+    model: DecoderOnly | EncoderDecoder, weights: NamedWeights | None, options: EngineOptions
+) -> Runner:  # fmt: skip
+    """A runner of the weights that are apart, or where there are none of the model as it is, and a cache for it."""
+    return torch_runner(model, options) if weights is None else native_runner(model, weights, options)
 
 
 def torch_runner(model: DecoderOnly | EncoderDecoder, options: EngineOptions) -> TorchRunner:
