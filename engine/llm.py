@@ -15,6 +15,7 @@ import torch
 from rich import get_console
 from rich.progress import Progress
 
+from engine.attention_weights import AttentionWeights, attention_weights
 from engine.beam_params import BeamSearchParams
 from engine.beam_requests import search_output
 from engine.drafters import speculation_of
@@ -29,6 +30,7 @@ from engine.runners import open_checkpoint, runner_of
 from engine.sampling import SamplingParams, check_priority
 from engine.score import score_output, score_request
 from engine.streaming import followers_of
+from models import checkpoint
 from models.assembly import NamedWeights
 from models.files import CheckpointError
 from models.generation import GenerationConfig
@@ -67,6 +69,8 @@ class LLM:
             own_tokenizer = Tokenizer.load(Path(tokenizer))
             if own_tokenizer is None:
                 raise CheckpointError(f"no tokenizer in {tokenizer}")
+        # Where the weights are packed for the C++ core, the module has none.
+        self._loaded = None if weights is None else (model, where, number)
         self._start(module.eval(), own_tokenizer, checked, weights, where)
 
     @classmethod
@@ -90,6 +94,7 @@ class LLM:
         if checked.quantization is not None and checked.backend != "native":
             raise ValueError("a live model is quantised for backend='native' alone")
         llm = cls.__new__(cls)
+        llm._loaded = None
         weights = None
         if checked.backend == "native":
             checked.check_native(own)
@@ -266,6 +271,21 @@ class LLM:
             with self.lock:
                 hidden += self.engine.encode(sources[len(hidden) :])
         return [EncoderOutput(token_ids, each) for token_ids, each in zip(sources, hidden, strict=True)]
+
+    def attention_weights(self, prompt: Prompt, output: str | SequenceOf[int]) -> AttentionWeights:
+        """What every token of the decoder's prompt and of ``output``, as text or ids, looks at in all layers and heads.
+
+        One pass in torch, beside the engine; where the C++ core runs the model, its weights are read again for it.
+        Raises ValueError for a prompt or an output that does not fit.
+        """
+        request = self.reader.request("", prompt, SamplingParams(), seed=0)
+        token_ids = request.prompt_token_ids + self.reader.target_ids(output)
+        if len(token_ids) > self.max_model_len:
+            raise ValueError(
+                f"prompt and output are {len(token_ids)} tokens, beyond max_model_len {self.max_model_len}"
+            )  # fmt: skip
+        model = self.model if self._loaded is None else checkpoint.load(*self._loaded)[0].eval()
+        return attention_weights(model, token_ids, request.encoder_prompt_token_ids)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: AnyParams = None, priority: int = 0
