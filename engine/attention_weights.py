@@ -30,7 +30,7 @@ class AttentionWeights:
 
 
 class WatchingCache:
-    """A cache (``models.cache.Cache``) of one sequence, whose tokens all come at once; it keeps every layer's weights."""
+    """A cache (``models.cache.Cache``) of one sequence, whose tokens come at once; it keeps all weights."""
 
     def __init__(self, source: list[tuple[Tensor, Tensor]]) -> None:
         self.source = source  # keys and values by layer, (source tokens, kv_heads, head_dim) each

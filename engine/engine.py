@@ -117,7 +117,7 @@ class Engine:
             self.step()
             return []
         try:
-            return self.runner.encode(taken)
+            return self.runner.encode(taken, wants_hidden=True)
         finally:
             for source in taken:
                 self.cache.drop_source(source)

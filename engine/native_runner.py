@@ -50,23 +50,23 @@ class NativeRunner:
         self.num_threads = num_threads or torch.get_num_threads()
         self.vocab_size = model.config.target_vocab_size or model.config.vocab_size
 
-    def encode(self, sources: list[Source]) -> list[Tensor]:
+    def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         hidden: list[Tensor] = []
         for first, end in _whole_runs([len(source.token_ids) for source in sources]):
-            hidden += self._encode(sources[first:end])
+            hidden += self._encode(sources[first:end], wants_hidden)
         return hidden
 
-    def _encode(self, sources: list[Source]) -> list[Tensor]:
+    def _encode(self, sources: list[Source], wants_hidden: bool) -> list[Tensor]:
         assert self.model.encode is not None
         lengths = [len(source.token_ids) for source in sources]
-        out = np.empty((sum(lengths), self.model.config.dim), dtype=np.float32)
+        out = np.empty((sum(lengths) if wants_hidden else 0, self.model.config.dim), dtype=np.float32)
         self.model.encode.run(
             np.concatenate([np.asarray(source.token_ids, dtype=np.int64) for source in sources]),
             np.concatenate([np.arange(length) for length in lengths]), _offsets(lengths),
             np.concatenate([self.cache.source_slots(source) for source in sources]),
             None, None, None, None, self.storage.blocks, np.arange(len(out)), out, self.num_threads,
         )  # fmt: skip
-        return list(torch.from_numpy(out).split(lengths))
+        return list(torch.from_numpy(out).split(lengths)) if wants_hidden else []
 
     def logits(self, batch: Batch) -> Tensor:
         logits = np.empty((int(batch.wanted.sum()), self.vocab_size), dtype=np.float32)

@@ -20,10 +20,10 @@ class Runner(Protocol):
 
     cache: KVCache
 
-    def encode(self, sources: list[Source]) -> list[Tensor]:
+    def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         """Runs sources through the encoder and stores what cross-attention reads of them.
 
-        Returns each one's hidden states, float32 (tokens, dim) on the CPU.
+        Returns each one's hidden states, float32 (tokens, dim) on the CPU, or nothing where they are not wanted.
         """
         ...
 
@@ -44,13 +44,15 @@ class TorchRunner:
     ) -> None:
         self.model, self.cache, self.storage, self.backend = model, cache, storage, backend
 
-    def encode(self, sources: list[Source]) -> list[Tensor]:
+    def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         hidden = self.encoder_hidden([source.token_ids for source in sources])
         keys_values = cast(EncoderDecoder, self.model).cross_keys_values(hidden)
         slots = np.concatenate([self.cache.source_slots(source) for source in sources])
         places = self.storage.slots_of(slots)
         for layer, (k, v) in enumerate(keys_values):
             self.storage.append(layer, k, v, places)
+        if not wants_hidden:
+            return []
         return list(hidden.float().cpu().split([len(source.token_ids) for source in sources]))
 
     def encoder_hidden(self, sources: list[list[int]]) -> Tensor:
