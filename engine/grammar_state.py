@@ -19,6 +19,10 @@ class GrammarError(ValueError):
     """A sequence cannot go on under its grammar."""
 
 
+class AmbiguousGrammarError(GrammarError):
+    """Matching takes too long: there are too many ways to read the text."""
+
+
 @dataclass(frozen=True, eq=False)
 class CompiledGrammar:
     """A grammar for the tokens of one model. ``handle`` is ``xgrammar.CompiledGrammar``."""
@@ -53,7 +57,8 @@ class GrammarState:
 
         The bits of end tokens are set where the text may end. ``mask`` is int32 (ceil(vocab_size / 32),), contiguous.
         Raises GrammarError where no token may follow: behind an end token, and where the vocabulary cannot spell what
-        the grammar wants. Raises it too once matching has taken more than a second and 20 ms a token.
+        the grammar wants. Raises
+        AmbiguousGrammarError once matching has taken more than a second and 20 ms a token.
         """
         if mask.shape != self._vocabulary.anywhere.shape or mask.dtype != np.int32:
             raise ValueError(f"a mask must be int32 {self._vocabulary.anywhere.shape}, got {mask.dtype} {mask.shape}")
@@ -61,7 +66,8 @@ class GrammarState:
             raise GrammarError("no token can follow the end token")
         self._fill(mask)
         if self._spent > FREE_SECONDS + SECONDS_A_TOKEN * len(self.token_ids):
-            raise GrammarError(f"the grammar is too ambiguous: {len(self.token_ids)} tokens took {self._spent:.1f} s")
+            tokens, seconds = len(self.token_ids), self._spent
+            raise AmbiguousGrammarError(f"the grammar is too ambiguous: {tokens} tokens took {seconds:.1f} s")
         if not mask.any():
             raise GrammarError("the vocabulary has no token that the grammar allows here")
 

@@ -29,7 +29,7 @@ class GrammarVocabulary:
         texts: the bytes of each id, b"" for the end tokens and for those that no grammar allows, such as special ones.
         eos_ids: the end tokens.
         drops_space: whether decoding leaves out the space that a text's first token starts with. Grammars then begin
-            with one (``engine.grammar_worker``).
+            with one (``engine.grammar_build``).
         anywhere, first, after: the tokens that may stand in general, at the start, and behind half a character that
             ends with one of SECOND_BYTES. ends: the end tokens.
         key: of no other vocabulary.

@@ -1,7 +1,7 @@
-"""A process that compiles grammars.
+"""A process that tries grammars out before this one compiles them.
 
-Some short expressions take hours to compile or all memory, and nothing can stop the library at it. So it works in a
-process of its own, which ends when it takes too long, and the next grammar gets another one.
+Some short expressions take hours to compile, or all memory, and nothing can stop the library at it. In a process of its
+own it ends when it takes too long, and the next grammar gets another one.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
-from engine.grammar_state import CompiledGrammar, GrammarError
+from engine.grammar_build import GrammarBuilder, convert
+from engine.grammar_state import AmbiguousGrammarError, CompiledGrammar, GrammarError
 from engine.grammar_vocabulary import GrammarVocabulary
 from engine.structured_outputs import GrammarSource
 
-SECONDS = 5  # of processor time, for one grammar
+SECONDS = 10  # of processor time, for one grammar
 MAX_BYTES = 2 << 30  # of memory, beyond what the process starts with
-MAX_COMPILED_BYTES = 64 << 20  # of one grammar, written out
+MAX_COMPILED_BYTES = 64 << 20  # of one grammar
 TRIED_TOKENS = 64
 CODE = "import sys; from engine.grammar_worker import serve; serve(int(sys.argv[1]))"
-# A character of a JSON string whose length is limited, as the library writes it, and as JSON wants it.
-LOOSE, STRICT = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\]"
 # What the library puts before a message, such as "[07:24:53] /project/cpp/regex_converter.cc:83: ".
 PREFIX = re.compile(r"\[[\d:]+\] \S+:\d+: (?:Warning: )?")
 
@@ -48,8 +47,8 @@ class GrammarWorker:
         self._connection: Connection | None = None
         self._known: str | None = None  # the vocabulary that it has
 
-    def compile(self, vocabulary: GrammarVocabulary, source: GrammarSource) -> str:
-        """A compiled grammar, written out. Raises ValueError, in one sentence, for one that is bad or too costly."""
+    def check(self, vocabulary: GrammarVocabulary, source: GrammarSource) -> None:
+        """Raises ValueError, in one sentence, for a grammar that is bad or too costly."""
         with self._lock:
             if self._process is not None and self._process.poll() is not None:
                 self.stop()
@@ -57,16 +56,15 @@ class GrammarWorker:
             try:
                 connection.send((vocabulary if vocabulary.key != self._known else None, source))
                 self._known = vocabulary.key
-                compiled, answer = connection.recv()
+                fault = connection.recv()
             except (EOFError, OSError):
                 self.stop()
                 raise ValueError(f"{source.field} is too large or too ambiguous to compile") from None
             except BaseException:  # an answer may still come, which is not the next grammar's
                 self.stop()
                 raise
-        if not compiled:
-            raise ValueError(f"{source.field} cannot be used: {answer}")
-        return str(answer)
+        if fault:
+            raise ValueError(f"{source.field} cannot be used: {fault}")
 
     def stop(self) -> None:
         """Ends the process."""
@@ -94,7 +92,7 @@ class GrammarWorker:
             ours.recv()
         except BaseException as error:
             self.stop()
-            raise RuntimeError("the process that compiles grammars did not start") from error
+            raise RuntimeError("the process that tries grammars out did not start") from error
         return ours
 
 
@@ -102,19 +100,20 @@ def serve(descriptor: int) -> None:
     """What the process does, until the other end of its connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent's to handle
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    connection, vocabulary = Connection(descriptor), None
+    connection = Connection(descriptor)
     import xgrammar  # noqa: F401  # before memory is limited
 
     _limit_memory()
     connection.send("ready")
     with contextlib.suppress(EOFError, OSError), _messages() as messages:
         while True:
-            received, source = connection.recv()
-            vocabulary = received or vocabulary
+            vocabulary, source = connection.recv()
+            if vocabulary is not None:
+                builder = GrammarBuilder(vocabulary)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # and then the process ends
-            answer = _answer(vocabulary, source, messages)
+            fault = _fault(builder, source, messages)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.send(answer)
+            connection.send(fault)
 
 
 def _limit_memory() -> None:
@@ -132,70 +131,42 @@ def _messages() -> Iterator[IO[bytes]]:
         yield file
 
 
-def _answer(vocabulary: Any, source: GrammarSource, messages: IO[bytes]) -> tuple[bool, str]:
+def _fault(builder: GrammarBuilder, source: GrammarSource, messages: IO[bytes]) -> str | None:
+    """What is wrong with a grammar."""
     messages.seek(0)
     messages.truncate()
     try:
-        grammar = _converted(source)
+        grammar = convert(source)
         messages.seek(0)
         if warning := messages.read().decode(errors="replace"):
-            return False, _sentence(warning)
-        return True, _compiled(grammar, vocabulary)
+            return _sentence(warning)
+        _try(builder.build(grammar))
     except Exception as error:  # the library raises several
-        return False, _sentence(str(error) or type(error).__name__)
+        return "it takes too much memory" if "bad_alloc" in str(error) else _sentence(str(error) or repr(error))
+    return None
 
 
 def _sentence(message: str) -> str:
     return " ".join(PREFIX.sub("", message).split())[:200].rstrip(".")
 
 
-def _converted(source: GrammarSource) -> Any:
-    from xgrammar import Grammar
-
-    convert = {"json": Grammar.from_json_schema, "regex": Grammar.from_regex, "grammar": Grammar.from_ebnf}
-    grammar = convert[source.kind](source.text)
-    if source.kind == "json" and LOOSE in (rules := str(grammar)):
-        return Grammar.from_ebnf(rules.replace(LOOSE, STRICT))
-    return grammar
-
-
-def _compiled(grammar: Any, vocabulary: GrammarVocabulary) -> str:
-    import xgrammar
-
-    if vocabulary.drops_space:
-        grammar = _with_dropped_space(grammar)
-    compiler = xgrammar.GrammarCompiler(vocabulary.info(), max_threads=1, cache_enabled=False)
-    compiled = compiler.compile_grammar(grammar)
-    _try(CompiledGrammar(compiled, vocabulary))
-    text = compiled.serialize_json()
-    if len(text) > MAX_COMPILED_BYTES:
-        raise GrammarError(f"it is too large: {len(text)} bytes when compiled, at most {MAX_COMPILED_BYTES}")
-    return text
-
-
-def _with_dropped_space(grammar: Any) -> Any:
-    """The grammar behind a space that decoding drops; one that may start with a space itself needs it there."""
-    import xgrammar
-
-    spaces = xgrammar.TokenizerInfo([b" ", b""], stop_token_ids=[1])
-    compiled = xgrammar.GrammarCompiler(spaces, max_threads=1, cache_enabled=False).compile_grammar(grammar)
-    needed = xgrammar.GrammarMatcher(compiled).accept_string(" ")
-    return xgrammar.Grammar.concat(xgrammar.Grammar.from_ebnf(f'root ::= " "{"" if needed else "?"}'), grammar)
-
-
 def _try(grammar: CompiledGrammar) -> None:
-    """Goes a random way through the grammar. Raises GrammarError if that takes long or there is no first token."""
-    state, generator = grammar.state(), random.Random(0)
-    mask = np.empty_like(grammar.vocabulary.anywhere)
-    for count in range(TRIED_TOKENS):
+    """Goes a random way through the grammar.
+
+    Raises GrammarError for one that is large, takes long to match or has no first token.
+    """
+    if grammar.num_bytes > MAX_COMPILED_BYTES:
+        raise GrammarError(f"it takes {grammar.num_bytes} bytes when compiled, at most {MAX_COMPILED_BYTES}")
+    state, generator, ends = grammar.state(), random.Random(0), grammar.vocabulary.ends
+    mask = np.empty_like(ends)
+    for _ in range(TRIED_TOKENS):
         try:
             state.fill_mask(mask)
-            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            allowed = np.setdiff1d(allowed, grammar.vocabulary.eos_ids)
         except GrammarError as error:
-            if count == 0 or "ambiguous" in str(error):
-                raise
-            return
+            if state.token_ids and not isinstance(error, AmbiguousGrammarError):
+                return  # a dead end that a model may keep clear of
+            raise
+        allowed = np.flatnonzero(np.unpackbits((mask & ~ends).view(np.uint8), bitorder="little"))
         if not len(allowed):
             return
         state.accept(int(generator.choice(allowed)))

@@ -41,8 +41,9 @@ class StructuredOutputsParams:
         grammar: the text is what rule ``root`` of this grammar derives, in llama.cpp's EBNF (GBNF).
         json_object: True: the text is any JSON object.
 
-    No text may have more than 64 KiB; schemas are at most 64 levels deep, and what they cannot be held to, such as
-    ``not``, is refused (``engine.json_schemas``).
+    No text may have more than 64 KiB. Schemas are at most 64 levels deep, and one that a text cannot be held to, such
+    as one with ``not``, is refused (``engine.json_schemas``). JSON has its properties in the schema's order, and no
+    others unless the schema says which; of a ``format`` it has the shape, and any text for an unknown one.
     """
 
     json: str | dict[str, Any] | None = None

@@ -17,9 +17,9 @@ import pytest
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models
 
-from engine import grammar_compiler, grammar_worker
+from engine import grammar_build, grammar_compiler, grammar_worker
 from engine.grammar_compiler import GrammarCompiler
-from engine.grammar_state import CompiledGrammar, GrammarError, GrammarState
+from engine.grammar_state import AmbiguousGrammarError, CompiledGrammar, GrammarError, GrammarState
 from engine.structured_outputs import MAX_BYTES, MAX_CHOICES, StructuredOutputsParams
 from models.tokenizer import SpecialTokens, Tokenizer, train_vocabulary
 from tests.models.tokenizer_folders import FAMILIES, LINES
@@ -408,13 +408,18 @@ def test_a_process_that_is_gone_is_started_again(byte_level: tuple[Tokenizer, Gr
 
 
 def test_an_ambiguous_grammar_ends_before_it_holds_up_others(byte_level: tuple[Tokenizer, GrammarCompiler]) -> None:
-    _, grammars = byte_level
+    tokenizer, grammars = byte_level
+    regex = "((x?y?){0,500}){0,500}"
     start = time.process_time()
-    with pytest.raises(ValueError, match="too ambiguous"):  # noqa: PT012  # here or there
-        state = grammars.compile(StructuredOutputsParams(regex="((x?y?){0,500}){0,500}" + "z" * 300)).state()
-        for _ in range(400):
-            ids = allowed(state)
-            state.accept(ids[len(ids) // 2])
+    with pytest.raises(ValueError, match="too ambiguous"):
+        grammars.compile(StructuredOutputsParams(regex=regex))
+    # Where trying it out did not find that way, the sequence that does ends.
+    state = grammars.compile(StructuredOutputsParams(regex="[a-w]{70}|" + regex)).state()
+    mask, token_id = np.empty_like(grammars.vocabulary.anywhere), tokenizer.encode_target("x")[0]
+    with pytest.raises(AmbiguousGrammarError, match="too ambiguous"):  # noqa: PT012
+        while True:
+            state.fill_mask(mask)
+            state.accept(token_id)
     assert time.process_time() - start < 10
 
 
@@ -432,6 +437,17 @@ def test_compiled_grammars_are_kept_up_to_a_bound(
     last = grammars.compile(StructuredOutputsParams(regex="last"))
     assert list(grammars._cache.values()) == [last]
     assert allowed(first.state())
+
+
+def test_a_stream_of_new_schemas_takes_no_more_memory(
+    byte_level: tuple[Tokenizer, GrammarCompiler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_build, "CACHE_BYTES", 200_000)
+    grammars = make_compiler(byte_level[0])
+    for index in range(40):
+        grammars.compile(StructuredOutputsParams(json={"type": "string", "minLength": index, "maxLength": 2 * index}))
+        grammars._cache.clear()
+        assert grammars._builder._compiler.get_cache_size_bytes() < 400_000
 
 
 def test_threads_may_share_a_compiler(byte_level: tuple[Tokenizer, GrammarCompiler]) -> None:
