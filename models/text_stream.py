@@ -27,14 +27,15 @@ class TextStream:
     cost does not grow with the text. A byte-level token may hold part of a character, which decodes to U+FFFD: such a
     tail waits for its rest, but no longer than a character has bytes. The bytes of no character come out as U+FFFD;
     where a vocabulary spells whole runs of characters in bytes, the good ones before a bad one keep their text.
+    With ``as_is`` no space is cleaned up: the pieces add up to what ``decode_as_is`` gives.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, as_is: bool = False) -> None:
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self._window: list[int] = []  # tokens whose text is out, as context for the next, then those still waiting
         self._num_settled = 0  # of the window's tokens
         self._num_given = 0  # of the window's characters
-        self._cleaner = _SpaceCleaner() if tokenizer.clean_up_spaces else None
+        self._cleaner = _SpaceCleaner() if tokenizer.clean_up_spaces and not as_is else None
 
     def push(self, token_ids: Iterable[int], final: bool = False) -> str:
         """The text these ids add; ``final`` also gives out an unfinished tail, as U+FFFD."""

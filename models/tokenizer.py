@@ -14,6 +14,7 @@ from models.chat.template import read_chat_template, render_chat
 from models.config import ConfigError
 from models.text_stream import TextStream, clean_up
 from models.vocabularies.languages import Languages
+from models.vocabularies.token_texts import TokenTexts, token_texts
 from models.vocabularies.tokenizer_config import CONFIG_FILE, TokenizerConfig, read_json_object
 from models.vocabularies.tokenizer_files import TOKENIZER_FILES, VOCABULARY_FILE, read_vocabularies
 from models.vocabularies.training import (
@@ -138,6 +139,10 @@ class Tokenizer:
     def decode_as_is(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """As ``decode``, before any space is cleaned up."""
         return self.target.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_texts(self) -> TokenTexts:
+        """The bytes that each target token adds to a text as ``decode_as_is`` gives it, special ones left out."""
+        return token_texts(self.target, self._special_ids)
 
     @property
     def source_language(self) -> str | None:

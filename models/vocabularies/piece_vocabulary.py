@@ -48,6 +48,10 @@ class PieceVocabulary(ABC):
     def _decode(self, token_ids: list[int]) -> str:
         """The text of ids that are all in the vocabulary."""
 
+    @abstractmethod
+    def join(self, tokens: list[str]) -> str:
+        """The text of tokens that are not special."""
+
     def surround(self, before: Sequence[str], after: Sequence[str]) -> None:
         """Puts these special tokens around what is encoded from now on."""
         self._before, self._after = ([self.vocab[token] for token in side] for side in (before, after))
@@ -123,6 +127,9 @@ class SpmVocabulary(PieceVocabulary):
                 pieces.append(self.tokens[token_id])
         return (text + self.joins.decode_pieces(pieces)).replace("▁", " ").strip()
 
+    def join(self, tokens: list[str]) -> str:
+        return str(self.joins.decode_pieces(tokens)).replace("▁", " ").strip()
+
 
 class ByteVocabulary(PieceVocabulary):
     """ByT5's: every byte is a token, three special tokens come before them and the sentinels after."""
@@ -147,6 +154,12 @@ class ByteVocabulary(PieceVocabulary):
         start = self._bytes.start
         parts = (bytes([i - start]) if i in self._bytes else self.tokens[i].encode() for i in token_ids)
         return b"".join(parts).decode(errors="ignore")
+
+    def join(self, tokens: list[str]) -> str:
+        return self._decode([i for token in tokens for i in self._ids(token)])
+
+    def _ids(self, token: str) -> list[int]:
+        return [self.vocab[token]] if token in self.vocab else self._encode(token)
 
 
 def load_spm(path: Path) -> Any:

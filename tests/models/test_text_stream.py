@@ -111,6 +111,8 @@ def test_spaces_are_cleaned_up_as_those_of_the_whole(tmp_path: Path) -> None:
         token_ids = [i for part in text.split(" ") for i in tokenizer.encode_target(part)]
         pieces = streamed(tokenizer, [[token_id] for token_id in token_ids])
         assert "".join(pieces) == tokenizer.decode(token_ids) == clean_up(tokenizer.decode_as_is(token_ids))
+        stream = TextStream(tokenizer, as_is=True)
+        assert stream.push(token_ids) + stream.push([], final=True) == tokenizer.decode_as_is(token_ids)
 
 
 def test_a_token_costs_the_same_late_as_early(tokenizer: Tokenizer) -> None:
