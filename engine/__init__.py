@@ -18,6 +18,7 @@ from engine.request import (
     ScoreOutput,
 )
 from engine.sampling import SamplingParams
+from engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -35,4 +36,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "StructuredOutputsParams",
 ]

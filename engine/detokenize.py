@@ -5,16 +5,16 @@ from __future__ import annotations
 from engine.request import Sequence
 
 
-def deliver(sequence: Sequence, token_id: int) -> None:
-    """Takes note of a token just appended: an end or stop token, a stop string, the length limit."""
+def deliver(sequence: Sequence, token_id: int, is_complete: bool = False) -> None:
+    """Takes note of a token just appended: an end or stop token, a stop string, a complete text, the length limit."""
     params = sequence.request.params
     if token_id in sequence.request.rules.eos_ids and not params.ignore_eos:
         sequence.finish("stop")
     elif token_id in (params.stop_token_ids or ()):
         sequence.finish("stop", stop_reason=token_id)
     _extend_text(sequence, token_id)
-    if sequence.finish_reason is None and len(sequence.token_ids) >= sequence.max_length:
-        sequence.finish("length")
+    if sequence.finish_reason is None and (is_complete or len(sequence.token_ids) >= sequence.max_length):
+        sequence.finish("stop" if is_complete else "length")
         _flush(sequence)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.batch import Batch, Table
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
+from engine.grammar_masks import accept_token, masks_of
 from engine.kv_cache import Source
 from engine.logits_processors import process_logits
 from engine.logits_rules import edits_of
@@ -182,7 +183,8 @@ class Engine:
         start = time.perf_counter()
         if any(sequence.request.params.logits_processors for sequence in sequences):
             process_logits(sequences, logits)
-        edits = edits_of(sequences, lengths, self.cache.tokens, logits.shape[1])
+        masks = masks_of(sequences, logits.shape[1])
+        edits = edits_of(sequences, lengths, self.cache.tokens, logits.shape[1], masks)
         if edits is not None:
             edit_logits(logits, edits, num_threads=self.num_threads)
         rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
@@ -208,8 +210,9 @@ class Engine:
             token_id = token_ids[i]
             if sequence.request.params.logprobs is not None:
                 sequence.add_logprobs(token_id, result, i, self.tokenizer)
+            is_complete = accept_token(sequence, token_id)
             sequence.token_ids.append(token_id)
-            deliver(sequence, token_id)
+            deliver(sequence, token_id, is_complete)
             if i - start == len(draft) or token_id != draft[i - start]:
                 end = i + 1
                 break

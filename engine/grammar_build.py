@@ -17,7 +17,11 @@ def convert(source: GrammarSource) -> Any:
     """``xgrammar.Grammar`` of a source. What it leaves out, the library says on standard error."""
     from xgrammar import Grammar
 
-    readers = {"json": Grammar.from_json_schema, "regex": Grammar.from_regex, "grammar": Grammar.from_ebnf}
+    readers: dict[str, Any] = {
+        "json": Grammar.from_json_schema,
+        "regex": Grammar.from_regex,
+        "grammar": Grammar.from_ebnf,
+    }
     grammar = readers[source.kind](source.text)
     if source.kind == "json" and LOOSE in (rules := str(grammar)):
         return Grammar.from_ebnf(rules.replace(LOOSE, STRICT))

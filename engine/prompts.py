@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
+from engine.grammar_compiler import GrammarCompiler
+from engine.grammar_state import CompiledGrammar
 from engine.logits_rules import GenerationRules, mask_of
 from engine.request import Request, Sequence
 from engine.sampling import SamplingParams
@@ -27,6 +29,7 @@ class PromptReader:
     ) -> None:
         self.config, self.generation, self.tokenizer = config, generation, tokenizer
         self.max_model_len = max_model_len
+        self._compiler: GrammarCompiler | None = None
 
     def request(self, request_id: str, prompt: Prompt, params: SamplingParams, seed: int) -> Request:
         """The request for a prompt, with its ``n`` sequences; sample i draws from ``seed + i``."""
@@ -41,6 +44,7 @@ class PromptReader:
         if params.prompt_logprobs is not None and length > 1:
             request.scored = (1, length)
         limit = self.max_model_len if params.max_tokens is None else length + params.max_tokens
+        grammar = self._grammar(params)
         for index in range(params.n):
             request.sequences.append(
                 Sequence(
@@ -48,11 +52,27 @@ class PromptReader:
                     index,
                     list(request.prompt_token_ids),
                     _wrap(seed + index),
-                    TextStream(self.tokenizer, params.skip_special_tokens) if self.tokenizer else None,
+                    self._text_stream(params),
                     max_length=min(limit, self.max_model_len),
+                    grammar=None if grammar is None else grammar.state(),
                 )
             )
         return request
+
+    def _text_stream(self, params: SamplingParams) -> TextStream | None:
+        if self.tokenizer is None:
+            return None
+        # Cleaned up, a text might no longer have its shape.
+        return TextStream(self.tokenizer, params.skip_special_tokens, as_is=params.structured_outputs is not None)
+
+    def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError("structured_outputs needs a tokenizer, and this model has none")
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self.tokenizer, self.vocab_size, self.generation.eos_ids)
+        return self._compiler.compile(params.structured_outputs)
 
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):

@@ -16,6 +16,7 @@ from models.tokenizer import TextStream, Tokenizer
 if TYPE_CHECKING:
     from engine.beam_search import BeamSearch
     from engine.diverse_beams import DiverseBeamSearch
+    from engine.grammar_state import GrammarState
     from engine.kv_cache import Row, Source
     from kernels.sampling import SampleResult
 
@@ -137,6 +138,7 @@ class Sequence:
     max_length: int  # token_ids never grows beyond it
     num_cached: int = 0  # tokens whose keys and values are in the cache
     row: Row | None = None
+    grammar: GrammarState | None = None
     draft: list[int] = field(default_factory=list)  # guesses at the tokens to come, for the next step
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0

@@ -6,9 +6,10 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+
+from engine.structured_outputs import StructuredOutputsParams
 
 MAX_SAMPLES = 16_384
 MAX_LOGPROBS = 128
@@ -37,6 +38,7 @@ class SamplingParams:
         min_tokens: no end or stop token before so many others.
         logit_bias: added to the logits of these tokens. allowed_token_ids: only these are generated.
         bad_words: texts whose tokens never come in a row.
+        structured_outputs: what shape the text must have.
         logits_processors: callables of (output's token ids, logits) or (prompt's, output's, logits), a list or two and
             a float32 tensor (vocab,), that give the logits to go on with, before everything else that changes them.
         typical_p: keep the tokens whose surprise is closest to the expected one, of mass typical_p.
@@ -65,7 +67,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputsParams | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     typical_p: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -82,6 +84,8 @@ class SamplingParams:
         check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
         check_number("typical_p", self.typical_p, 0, 1, open_low=True)
         check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, None)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r:.80}")
         if not isinstance(self.task, str | None):
             raise ValueError(f"task must be the name of a task, got {self.task!r}")
         if self.max_tokens is not None:
