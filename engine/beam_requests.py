@@ -13,11 +13,10 @@ from engine.beam_search import BeamSearch, Hypothesis, Logprobs, NoContinuation
 from engine.constrained_beams import ConstrainedBeamSearch
 from engine.diverse_beams import DiverseBeamSearch
 from engine.kv_cache import KVCache
-from engine.logits_rules import edits_of
 from engine.prompts import Prompt, PromptReader
 from engine.request import BeamSearchOutput, BeamSequence, Request
 from engine.sampling import SamplingParams
-from kernels.sampling import edit_logits, log_softmax_, top_k
+from kernels.sampling import LogitEdits, edit_logits, log_softmax_, top_k
 from models.tokenizer import Tokenizer
 
 
@@ -56,11 +55,15 @@ def _forced(reader: PromptReader, params: BeamSearchParams, room: int) -> tuple[
     return words
 
 
-def advance_searches(requests: list[Request], logits: Tensor, cache: KVCache, num_threads: int | None) -> None:
-    """Takes a step of every search, given the logits (rows, vocab) of their live beams, packed; they are changed."""
+def advance_searches(
+    requests: list[Request], logits: Tensor, edits: LogitEdits | None, cache: KVCache, num_threads: int | None
+) -> None:
+    """Takes a step of every search, given the logits (rows, vocab) of their live beams, packed; they are changed.
+
+    ``edits`` are what the beams' rules ask of their log-probabilities.
+    """
     beams = [sequence for request in requests for sequence in request.live]
     scores = log_softmax_(logits, num_threads=num_threads)
-    edits = edits_of(beams, [len(sequence.token_ids) for sequence in beams], cache.tokens, logits.shape[1])
     if edits is not None:
         edit_logits(scores, edits, num_threads=num_threads)
     again = [i for i, sequence in enumerate(beams) if sequence.request.rules.renormalize]

@@ -14,7 +14,7 @@ from engine.detokenize import deliver
 from engine.grammar_masks import accept_token, masks_of
 from engine.kv_cache import Source
 from engine.logits_processors import process_logits
-from engine.logits_rules import edits_of
+from engine.logits_rules import RuleColumns
 from engine.metrics import EngineMetrics, StepClock
 from engine.request import Request, Sequence
 from engine.runner import Runner
@@ -52,6 +52,7 @@ class Engine:
         self.runner, self.cache = runner, runner.cache
         self.scheduler = Scheduler(self.cache, max_num_batched_tokens)
         self.columns = SamplingColumns(self.cache.tokens)
+        self.rules, self.beam_rules = RuleColumns(self.cache.tokens), RuleColumns(self.cache.tokens)
         self.clock = StepClock()
         self.speculation: Speculation | None = None
         self._sampling = 0.0
@@ -84,7 +85,7 @@ class Engine:
             outlets.num_sampled = self._sample(outlets, _picked(logits, outlets.rows))
         if outlets.searches:
             rows = [row for each in outlets.searches.values() for row in each]
-            advance_searches(list(outlets.searches), _picked(logits, rows), self.cache, self.num_threads)
+            self._advance(list(outlets.searches), _picked(logits, rows))
         changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
         self._count(schedule, outlets)
@@ -184,7 +185,7 @@ class Engine:
         if any(sequence.request.params.logits_processors for sequence in sequences):
             process_logits(sequences, logits)
         masks = masks_of(sequences, logits.shape[1])
-        edits = edits_of(sequences, lengths, self.cache.tokens, logits.shape[1], masks)
+        edits = self.rules.edits(sequences, lengths, logits.shape[1], masks)
         if edits is not None:
             edit_logits(logits, edits, num_threads=self.num_threads)
         rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
@@ -197,6 +198,12 @@ class Engine:
             delivered += self._deliver(sequences[i], result, token_ids, i, end)
             i = end
         return delivered
+
+    def _advance(self, searches: list[Request], logits: Tensor) -> None:
+        """Takes a step of every search."""
+        beams = [sequence for request in searches for sequence in request.live]
+        edits = self.beam_rules.edits(beams, [len(sequence.token_ids) for sequence in beams], logits.shape[1])
+        advance_searches(searches, logits, edits, self.cache, self.num_threads)
 
     def _deliver(self, sequence: Sequence, result: SampleResult, token_ids: list[int], start: int, end: int) -> int:
         """Gives a sequence the tokens drawn in the rows from ``start`` on, as long as they are those of its draft."""

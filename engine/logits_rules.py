@@ -65,6 +65,13 @@ class GenerationRules:
         forced = self.forced_bos_id is not None or self.forced_eos_id is not None or self.allowed is not None
         return not (always or sometimes or forced)
 
+    def steady_until(self, length: int, num_prompt: int, max_length: int) -> int:
+        """The next length, beyond this one, at which the rules may ask something else of a sequence."""
+        if any(len(word) > 1 for word in self.bad_words):
+            return length + 1
+        changes = (2, num_prompt, num_prompt + 1, num_prompt + 2, num_prompt + self.min_new_tokens, max_length - 1)
+        return min((change for change in changes if change > length), default=max_length)
+
     def forced(self, length: int, max_length: int) -> int | None:
         """The one token that may follow ``length`` tokens, if the model says so."""
         if self.forced_eos_id is not None and length == max_length - 1:
@@ -97,58 +104,77 @@ def mask_of(token_ids: SequenceOf[int], vocab_size: int) -> Mask:
     return mask.view(np.int32)
 
 
-def edits_of(
-    sequences: SequenceOf[Sequence],
-    lengths: SequenceOf[int],
-    tokens: NDArray[np.int32],
-    vocab_size: int,
-    masks: Mapping[int, Mask] | None = None,
-) -> LogitEdits | None:
-    """What the rules of these sequences ask of rows of scores, one a sequence; None: nothing.
+class RuleColumns:
+    """Builds ``LogitEdits`` for the rows of a step, and keeps them from step to step while they ask for the same.
 
-    A row's scores are those of the token after the first ``lengths`` of its sequence's in ``tokens``, int32 (rows,
-    positions). ``masks``: further ones, by row.
+    Histories are read where they lie, in ``tokens``, int32 (rows, positions).
     """
-    masks = masks or {}
-    rows = [
-        i for i, sequence in enumerate(sequences) if not sequence.request.rules.ask_nothing or i in masks
-    ]  # fmt: skip
-    if not rows:
-        return None
-    chosen = [(sequences[i], lengths[i], masks.get(i)) for i in rows]
-    rules = [sequence.request.rules for sequence, _, _ in chosen]
-    places = [sequence.row.index for sequence, _, _ in chosen if sequence.row is not None]
-    bias, forced, allowed = [], [], []
-    for (sequence, length, mask), own, place in zip(chosen, rules, places, strict=True):
-        bias.append(own.bias(tokens[place, :length], sequence.num_prompt))
-        token_id = own.forced(length, sequence.max_length)
-        forced.append(-1 if token_id is None else token_id)
-        # A rule that strikes a forced token out leaves nothing.
-        struck_out = token_id is not None and bias[-1].get(token_id) == BAN
-        nothing = mask_of((), vocab_size) if struck_out else None
-        allowed.append(_joined(own.allowed, mask, nothing))
-    distinct = [mask for mask in allowed if mask is not None]
-    numbers = iter(range(len(distinct)))
-    return LogitEdits.build(
-        rows,
-        repetition_penalty=[own.repetition_penalty for own in rules],
-        no_repeat_ngram_size=[own.no_repeat_ngram_size for own in rules],
-        bias=bias,
-        forced=forced,
-        mask=[-1 if mask is None else next(numbers) for mask in allowed],
-        masks=torch.from_numpy(np.stack(distinct)) if distinct else None,
-        history=_history(tokens, places, [length for _, length, _ in chosen]),
-    )
+
+    def __init__(self, tokens: NDArray[np.int32]) -> None:
+        self.tokens = tokens
+        self._flat = torch.from_numpy(tokens.reshape(-1))
+        self._edits: LogitEdits | None = None
+        self._for: tuple[list[Sequence], list[int], list[int]] = ([], [], [])
+        self._steady = 0  # for so many more steps
+
+    def edits(
+        self, sequences: list[Sequence], lengths: list[int], vocab_size: int, masks: Mapping[int, Mask] | None = None
+    ) -> LogitEdits | None:
+        """What the rules ask of rows of scores, one a sequence; None: nothing. It counts until the next call.
+
+        A row's scores are those of the token after the first ``lengths`` of its sequence's. ``masks``: further ones,
+        by row.
+        """
+        masks = masks or {}
+        bound = [i for i, sequence in enumerate(sequences) if not sequence.request.rules.ask_nothing or i in masks]
+        if not bound:
+            return None
+        chosen, at = [sequences[i] for i in bound], [lengths[i] for i in bound]
+        places = [sequence.row.index for sequence in chosen if sequence.row is not None]
+        if self._steady > 0 and not masks and self._for == (chosen, [length - 1 for length in at], [*bound, *places]):
+            assert self._edits is not None
+            self._edits.history_lengths.add_(1)
+            self._steady -= 1
+        else:
+            self._edits = self._build(bound, chosen, at, places, vocab_size, masks)
+            until = [
+                s.request.rules.steady_until(length, s.num_prompt, s.max_length) - length
+                for s, length in zip(chosen, at, strict=True)
+            ]
+            self._steady = 0 if masks else min(until) - 1
+        self._for = (chosen, at, [*bound, *places])
+        return self._edits
+
+    def _build(
+        self, bound: list[int], sequences: list[Sequence], lengths: list[int], places: list[int], vocab_size: int,
+        masks: Mapping[int, Mask],
+    ) -> LogitEdits:  # fmt: skip
+        rules = [sequence.request.rules for sequence in sequences]
+        bias, forced, allowed = [], [], []
+        for i, sequence, length, own, place in zip(bound, sequences, lengths, rules, places, strict=True):
+            bias.append(own.bias(self.tokens[place, :length], sequence.num_prompt))
+            token_id = own.forced(length, sequence.max_length)
+            forced.append(-1 if token_id is None else token_id)
+            # A rule that strikes a forced token out leaves nothing.
+            struck_out = token_id is not None and bias[-1].get(token_id) == BAN
+            nothing = mask_of((), vocab_size) if struck_out else None
+            allowed.append(_joined(own.allowed, masks.get(i), nothing))
+        distinct = [mask for mask in allowed if mask is not None]
+        numbers = iter(range(len(distinct)))
+        starts = torch.tensor(places, dtype=torch.int64) * self.tokens.shape[1]
+        return LogitEdits.build(
+            bound,
+            repetition_penalty=[own.repetition_penalty for own in rules],
+            no_repeat_ngram_size=[own.no_repeat_ngram_size for own in rules],
+            bias=bias,
+            forced=forced,
+            mask=[-1 if mask is None else next(numbers) for mask in allowed],
+            masks=torch.from_numpy(np.stack(distinct)) if distinct else None,
+            history=(self._flat, starts, torch.tensor(lengths, dtype=torch.int32)),
+        )
 
 
 def _joined(*masks: Mask | None) -> Mask | None:
     """What all of them allow."""
     given = [mask for mask in masks if mask is not None]
     return functools.reduce(np.bitwise_and, given) if given else None
-
-
-def _history(
-    tokens: NDArray[np.int32], places: list[int], lengths: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    starts = torch.tensor(places, dtype=torch.int64) * tokens.shape[1]
-    return torch.from_numpy(tokens.reshape(-1)), starts, torch.tensor(lengths, dtype=torch.int32)

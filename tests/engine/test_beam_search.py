@@ -13,7 +13,7 @@ import transformers
 from engine.beam_params import BeamSearchParams
 from engine.beam_search import BeamSearch, NoContinuation
 from engine.kv_cache import Row
-from engine.logits_rules import GenerationRules, edits_of
+from engine.logits_rules import GenerationRules, RuleColumns
 from engine.request import Request, Sequence
 from engine.sampling import SamplingParams
 from kernels.sampling import edit_logits, top_k
@@ -76,7 +76,8 @@ def edit(log_probs: torch.Tensor, beams: BeamSearch, rules: GenerationRules) -> 
     sequences = [
         Sequence(request, i, ids, 0, None, beams.max_length, row=Row(i, None)) for i, ids in enumerate(beams.token_ids)
     ]
-    edits = edits_of(sequences, [beams.length] * len(sequences), np.array(beams.token_ids, dtype=np.int32), VOCAB)
+    columns = RuleColumns(np.array(beams.token_ids, dtype=np.int32))
+    edits = columns.edits(sequences, [beams.length] * len(sequences), VOCAB)
     if edits is not None:
         edit_logits(log_probs, edits)
 
