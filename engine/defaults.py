@@ -8,8 +8,11 @@ from typing import Any
 from engine.beam_params import BeamSearchParams
 from engine.sampling import SamplingParams
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-BEAMS = ("length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences", "repetition_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+BEAMS = (
+    "length_penalty", "early_stopping", "no_repeat_ngram_size", "num_return_sequences", "repetition_penalty",
+    "num_beam_groups", "diversity_penalty",
+)  # fmt: skip
 FOREIGN_LENGTH = 20  # tokens where makers set no length: what transformers does then
 
 

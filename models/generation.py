@@ -10,7 +10,9 @@ from models.config import BOS_ID, EOS_ID, LARGEST, PAD_ID, ConfigError
 
 # The keys of generation_config.json that set how tokens are chosen where the caller does not.
 DEFAULTS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"), (float, int)),
+    **dict.fromkeys(
+        ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"), (float, int)
+    ),
     **dict.fromkeys(
         (
             "top_k",
@@ -21,9 +23,11 @@ DEFAULTS: dict[str, tuple[type, ...]] = {
             "max_new_tokens",
             "num_beams",
             "num_return_sequences",
+            "num_beam_groups",
         ),
         (int,),
     ),
+    "diversity_penalty": (float, int),
     **{"do_sample": (bool,), "early_stopping": (bool, str)},
 }
 
@@ -31,8 +35,8 @@ DEFAULTS: dict[str, tuple[type, ...]] = {
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 # What else would change the output, and the values at which it does not.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "num_beam_groups", "guidance_scale"), (1, None)),
-    **dict.fromkeys(("encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (0, None)),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (1, None)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff"), (0, None)),
     **dict.fromkeys(("exponential_decay_length_penalty", "penalty_alpha", "sequence_bias", "stop_strings"), (None,)),
     **dict.fromkeys(("constraints", "force_words_ids", "dola_layers", "prompt_lookup_num_tokens"), (None,)),
 }  # fmt: skip
