@@ -72,9 +72,9 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """Yields the output so far, whenever there is more of it, until it is finished.
 
-        ``params`` may ask for samples or for a beam search; a search shows its output when it is finished. Closing the
-        iterator, or cancelling who waits for it, aborts the request. Raises ValueError for a bad prompt or parameter,
-        and EngineDeadError when the engine has stopped.
+        ``params`` may ask for samples or for a beam search, which shows what is settled of it. Closing the iterator, or
+        cancelling who waits for it, aborts the request. Raises ValueError for a bad prompt or parameter, and
+        EngineDeadError when the engine has stopped.
         """
         self.check_health()
         request = await asyncio.to_thread(self._request, prompt, params, request_id, priority)

@@ -1,4 +1,7 @@
-"""What a caller gets of a finished request: its samples, or the hypotheses of its search in their place."""
+"""What a caller gets of a request: its samples so far, or the hypotheses of its search in their place.
+
+Of a search that is not finished it is what is settled of its best hypothesis.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ def _prompt_logprobs(request: Request) -> list[dict[int, Logprob] | None] | None
 def _completions(request: Request, tokenizer: Tokenizer | None) -> list[CompletionOutput]:
     if request.beams is None:
         return [_sample(sequence) for sequence in request.sequences]
+    reason = request.sequences[0].finish_reason
+    if reason in (None, "abort"):
+        settled = request.beams.settled()
+        text = tokenizer.decode(settled) if tokenizer is not None else ""
+        return [CompletionOutput(0, text, settled, finish_reason=reason)]
     found = search_output(request, tokenizer)
     if found.error is not None:
         return [CompletionOutput(0, "", [], finish_reason="error", error=found.error)]

@@ -61,6 +61,25 @@ def test_lower_priorities_come_first(architecture: str) -> None:
     assert first is not None and second is not None and first > second
 
 
+@ARCHITECTURES
+def test_a_search_shows_what_is_settled_on_its_way(architecture: str) -> None:
+    llm, search = engine(architecture), BeamSearchParams(3, max_tokens=16, ignore_eos=True)
+    expected = llm.beam_search(prompt(1), search)[0].sequences[0].token_ids
+    for aborted in (False, True):
+        llm.add_request("search", prompt(1), search)
+        lengths = []
+        for _ in range(10):
+            (output,) = llm.step()
+            (shown,) = output.outputs
+            assert shown.token_ids == expected[: len(shown.token_ids)] and shown.finish_reason is None
+            lengths.append(len(shown.token_ids))
+        assert lengths == sorted(lengths)
+        if aborted:
+            llm.abort("search")
+        assert len(drive(llm)) == (not aborted)
+    assert not any(llm.engine.cache.pool.holders)
+
+
 def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
     llm = engine("decoder_only", max_num_batched_tokens=8, max_num_seqs=4)
     llm.add_request("decoding", prompt(0), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
