@@ -204,7 +204,8 @@ class KVCache:
         if all(i == parent for i, parent in enumerate(parents)):
             return
         index = np.array([row.index for row in rows])
-        self.tokens[index] = self.tokens[index[parents]]
+        length = max(len(row.blocks) for row in rows) * self.block_size  # the table may be far wider
+        self.tokens[index, :length] = self.tokens[index[parents], :length]
         held = [(list(rows[parent].blocks), rows[parent].num_known, rows[parent].tip) for parent in parents]
         for blocks, _, _ in held:
             self.pool.hold(blocks)

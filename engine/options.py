@@ -11,10 +11,11 @@ import torch
 from engine.speculative_config import SpeculativeConfig
 from kernels.backend import BACKENDS, choose
 from kernels.cached_attention import PAGE
-from models.config import TransformerConfig
+from models.config import LARGEST, TransformerConfig
 from models.sources import Quantization
 
 RANGES = {"num_threads": (1, 1024), "seed": (0, 2**63 - 1), "max_num_seqs": (1, 1 << 20)}
+LENGTH_WITHOUT_LIMIT = 2048  # of a model whose positions have no end
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
 STEP_TOKENS = 512  # few enough that those who decode meanwhile do not wait long
 QUANTIZATIONS = (None, "auto", "int8", "int4")
@@ -32,7 +33,8 @@ class EngineOptions:
         quantization: None: weights as floats. int8, int4: the linear layers and embeddings in eight or four bits; auto:
             in as many as the file has them in.
         max_num_seqs: most sequences decoded at once.
-        max_model_len: longest source, and longest prompt plus output; the model's own limit unless given.
+        max_model_len: longest source, and longest prompt plus output; the model's own limit unless given, 2,048 for one
+            that has none.
         max_num_batched_tokens: tokens of a step: one of each sequence that decodes, the rest of prompts and sources. A
             long prompt takes several steps, a long source a step of its own. 512, or max_num_seqs, unless given.
         kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, 4 GiB at most.
@@ -111,7 +113,8 @@ class EngineOptions:
         """The longest source, and the longest prompt plus output."""
         if self.max_model_len is not None and self.max_model_len > config.max_seqlen:
             raise ValueError(f"max_model_len {self.max_model_len} is beyond the model's {config.max_seqlen}")
-        return self.max_model_len or config.max_seqlen
+        unlimited = config.max_seqlen >= LARGEST
+        return self.max_model_len or (LENGTH_WITHOUT_LIMIT if unlimited else config.max_seqlen)
 
     @property
     def step_tokens(self) -> int:
