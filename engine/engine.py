@@ -79,13 +79,16 @@ class Engine:
         schedule = self.scheduler.schedule()
         if not schedule.sequences:
             return []
-        logits = self._run(schedule)
-        outlets = self._outlets(schedule, logits)
-        if outlets.samples:
-            outlets.num_sampled = self._sample(outlets, _picked(logits, outlets.rows))
-        if outlets.searches:
-            rows = [row for each in outlets.searches.values() for row in each]
-            self._advance(list(outlets.searches), _picked(logits, rows))
+        try:
+            outlets = self._outlets(schedule, logits := self._run(schedule))
+            if outlets.samples:
+                outlets.num_sampled = self._sample(outlets, _picked(logits, outlets.rows))
+            if outlets.searches:
+                rows = [row for each in outlets.searches.values() for row in each]
+                self._advance(list(outlets.searches), _picked(logits, rows))
+        except BaseException:
+            self._recover(schedule)
+            raise
         changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
         self._count(schedule, outlets)
@@ -126,19 +129,22 @@ class Engine:
 
     def _run(self, schedule: Schedule) -> Tensor:
         """Logits of the tokens that the schedule wants them of, packed."""
-        try:
-            self.cache.copy_shared()
-            if schedule.sources:
-                self.runner.encode(schedule.sources)
-            logits = self.runner.logits(_batch(schedule, self.cache.tokens))
-        except BaseException:
-            self.cache.forget_all()  # it counts on what has not been written
-            raise
+        self.cache.copy_shared()
+        if schedule.sources:
+            self.runner.encode(schedule.sources)
+        logits = self.runner.logits(_batch(schedule, self.cache.tokens))
         for source in schedule.sources:
             source.encoded = True
         for sequence, count in zip(schedule.sequences, schedule.counts, strict=True):
             sequence.num_cached += count
         return logits
+
+    def _recover(self, schedule: Schedule) -> None:
+        """After a step that failed on its way: who goes on takes it again."""
+        self.cache.forget_all()  # it counts on what may not have been written
+        for sequence in schedule.sequences:
+            sequence.draft = []
+            sequence.num_cached = min(sequence.num_cached, len(sequence.token_ids) - 1)
 
     def _outlets(self, schedule: Schedule, logits: Tensor) -> Outlets:
         outlets, start = Outlets(), 0

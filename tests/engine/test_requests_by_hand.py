@@ -135,3 +135,24 @@ def test_what_cannot_be_added_is_a_sentence(arguments: tuple[Any, ...], message:
     with pytest.raises(ValueError, match=message):
         llm.add_request(*arguments)
     assert len(drive(llm)) == 1
+
+
+@ARCHITECTURES
+def test_who_goes_on_after_an_interrupted_step_loses_nothing(architecture: str) -> None:
+    def interrupt(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output) == 3:
+            raise KeyboardInterrupt
+        return logits
+
+    llm, search = engine(architecture), BeamSearchParams(3, max_tokens=8, ignore_eos=True)
+    sampled = llm.generate(prompt(1), GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    found = llm.beam_search(prompt(2), search)[0].sequences[0].token_ids
+    llm.add_request("a", prompt(1), GREEDY)
+    llm.add_request("b", prompt(3), SamplingParams(temperature=0, logits_processors=[interrupt], ignore_eos=True))
+    llm.add_request("c", prompt(2), search)
+    with pytest.raises(KeyboardInterrupt):
+        drive(llm)
+    llm.abort("b")
+    finished = {output.request_id: output.outputs[0].token_ids for output in drive(llm)}
+    assert finished == {"a": sampled, "c": found}
+    assert not any(llm.engine.cache.pool.holders)
