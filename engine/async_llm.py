@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from engine.intake import AnyParams
@@ -27,24 +28,30 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._lock = threading.Lock()
         self._content: RequestOutput | Exception | None = None
 
     def put(self, content: RequestOutput | Exception) -> None:
         """May be called from any thread. Nothing replaces an error."""
-        if isinstance(self._content, Exception):
-            return
-        self._content = content
+        with self._lock:
+            if isinstance(self._content, Exception):
+                return
+            self._content = content
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits any more
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def get(self) -> RequestOutput:
-        await self._arrived.wait()
-        self._arrived.clear()
-        content, self._content = self._content, None
+        while (content := self._take()) is None:
+            self._arrived.clear()  # what is put from now on sets it again, later in this loop
+            await self._arrived.wait()
         if isinstance(content, Exception):
             raise content
-        assert content is not None
         return content
+
+    def _take(self) -> RequestOutput | Exception | None:
+        with self._lock:
+            content, self._content = self._content, None
+            return content
 
 
 class AsyncLLM:
@@ -61,7 +68,8 @@ class AsyncLLM:
     def __init__(self, model: Any, **options: Any) -> None:
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._mailboxes: dict[str, _Mailbox] = {}
-        self._inbox: deque[Request | str] = deque()  # requests to add, and ids of those to abort
+        self._inbox: deque[tuple[str, Request | str]] = deque()  # what to do, with which request or id
+        self._added: dict[Request, None] = {}  # those that may be running
         self._work = threading.Condition()
         self._stopped: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -79,7 +87,7 @@ class AsyncLLM:
         self.check_health()
         request = await asyncio.to_thread(self._request, prompt, params, request_id, priority)
         mailbox = _Mailbox()
-        request.on_change = lambda changed: mailbox.put(output_of(changed, self.llm.tokenizer))
+        request.on_change = partial(self._tell, mailbox)
         self._post(request, mailbox)
         finished = False
         try:
@@ -90,13 +98,14 @@ class AsyncLLM:
         finally:
             self._mailboxes.pop(request.request_id, None)
             if not finished:
-                self._send(request.request_id)
+                self._send("abort", request)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds; who iterates over it gets what there is, as aborted."""
-        self._send(request_id)
+        self._send("abort", request_id)
 
     def get_metrics(self) -> EngineMetrics:
+        """As ``LLM.get_metrics``; it does not wait for a step to end."""
         return self.llm.get_metrics()
 
     def check_health(self) -> None:
@@ -109,6 +118,11 @@ class AsyncLLM:
         self._stop(EngineDeadError("the engine was shut down"))
         self._thread.join()
 
+    def _tell(self, mailbox: _Mailbox, request: Request) -> None:
+        mailbox.put(output_of(request, self.llm.tokenizer))
+        if request.finished:
+            self._added.pop(request, None)
+
     def _request(self, prompt: Prompt, params: AnyParams, request_id: str | None, priority: int) -> Request:
         request = self.llm.intake.request(prompt, params, request_id=request_id)
         request.priority = check_priority(priority)
@@ -119,13 +133,13 @@ class AsyncLLM:
         if request.request_id in self._mailboxes:
             raise ValueError(f"a request {request.request_id!r} is in progress already")
         self._mailboxes[request.request_id] = mailbox
-        self._send(request)
+        self._send("add", request)
         if self._stopped is not None:  # meanwhile
             mailbox.put(self._stopped)
 
-    def _send(self, what: Request | str) -> None:
+    def _send(self, what: str, which: Request | str) -> None:
         with self._work:
-            self._inbox.append(what)
+            self._inbox.append((what, which))
             self._work.notify()
 
     def _serve(self) -> None:
@@ -134,32 +148,49 @@ class AsyncLLM:
                 with self._work:
                     self._work.wait_for(self._has_work)
                 self._read_inbox()
-                self.llm.step()
+                with self.llm.lock:
+                    self.llm.engine.step()
         except BaseException as error:
             dead = EngineDeadError(f"the engine has stopped: {type(error).__name__}: {error}")
             dead.__cause__ = error
             self._stop(dead)
+        finally:
+            self._abort_all()
 
     def _has_work(self) -> bool:
-        return bool(self._inbox) or self._stopped is not None or self.llm.has_unfinished_requests()
+        return bool(self._inbox) or self._stopped is not None or self.llm.engine.has_unfinished_requests()
 
     def _read_inbox(self) -> None:
-        while self._inbox:
-            what = self._inbox.popleft()
-            if isinstance(what, str):
-                self.llm.abort(what)
-                continue
-            try:
-                with self.llm.lock:
-                    self.llm.engine.add_request(what)
-            except ValueError as error:  # its id is in use by another caller of the same LLM
-                if (mailbox := self._mailboxes.get(what.request_id)) is not None:
-                    mailbox.put(error)
+        while self._inbox and self._stopped is None:
+            what, which = self._inbox.popleft()
+            with self.llm.lock:
+                if isinstance(which, str):
+                    self.llm.abort(which)
+                elif what == "abort":
+                    self.llm.engine.abort(which)
+                else:
+                    self._add(which)
+
+    def _add(self, request: Request) -> None:
+        mailbox = self._mailboxes.get(request.request_id)
+        if mailbox is None:  # nobody waits for it any more
+            return
+        try:
+            self.llm.engine.add_request(request)
+        except ValueError as error:  # its id is in use by another caller of the same LLM
+            mailbox.put(error)
+        else:
+            self._added[request] = None
 
     def _stop(self, error: EngineDeadError) -> None:
+        """May be called from any thread; the engine's own sees to the requests when it has ended its step."""
         with self._work:
             self._stopped = self._stopped or error
             self._work.notify()
-        for request_id, mailbox in list(self._mailboxes.items()):
+        for mailbox in list(self._mailboxes.values()):
             mailbox.put(self._stopped)
-            self.llm.abort(request_id)
+
+    def _abort_all(self) -> None:
+        with self.llm.lock:
+            for request in list(self._added):
+                self.llm.engine.abort(request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,10 @@ Table = NDArray[np.int32]
 Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+NONE: Indices = np.empty(0, dtype=np.int64)
+
+
+@dataclass(eq=False)
 class Batch:
     """Tokens of some sequences, from ``starts`` on, ``counts`` of each; the last ``wanted`` of each give logits.
 
@@ -32,8 +35,9 @@ class Batch:
     def of(cls, tokens: Table, rows: list[int], starts: list[int], counts: list[int], wanted: list[int]) -> Batch:
         """Takes the token ids from ``tokens``, int32 (rows, positions)."""
         columns = np.array((starts, counts, wanted), dtype=np.int32)
-        batch = cls(np.array(rows, dtype=np.int64), columns[0], columns[1], columns[2], np.empty(0, dtype=np.int64))
-        return replace(batch, token_ids=tokens[batch.rows_of_tokens, batch.positions].astype(np.int64))
+        batch = cls(np.array(rows, dtype=np.int64), columns[0], columns[1], columns[2], NONE)
+        batch.token_ids = tokens[batch.rows_of_tokens, batch.positions].astype(np.int64)
+        return batch
 
     @cached_property
     def ends(self) -> Table:

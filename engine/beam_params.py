@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.sampling import check_integer, check_number
+from engine.sampling import MAX_NGRAM, check_integer, check_number
 
 MAX_BEAMS = 1024
 MAX_PENALTY = 16.0  # length ** length_penalty stays a number, whatever the length
@@ -64,9 +64,9 @@ class BeamSearchParams:
         check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
         check_number("length_penalty", self.length_penalty, -MAX_PENALTY, MAX_PENALTY)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+        if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
             raise ValueError(f'early_stopping must be True, False or "never", got {self.early_stopping!r}')
-        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, None)
+        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, MAX_NGRAM)
         check_number("patience", self.patience, 0, MAX_PATIENCE, open_low=True)
         if self.num_return_sequences is not None:
             check_integer("num_return_sequences", self.num_return_sequences, 1, min(self.beam_width, self.num_kept))

@@ -50,6 +50,8 @@ def _forced(reader: PromptReader, params: BeamSearchParams, room: int) -> tuple[
     words = tuple(tuple(reader.target_ids(word)) for word in params.force_words or ())
     if not all(words):
         raise ValueError("force_words holds a text without tokens")
+    if not params.ignore_eos and any(token in reader.generation.eos_ids for word in words for token in word):
+        raise ValueError("force_words holds an end token, after which no other word could come")
     if (needed := sum(map(len, words))) > room:
         raise ValueError(f"force_words are {needed} tokens, more than the {room} that may be generated")
     return words
@@ -88,6 +90,7 @@ def _advance(
     except NoContinuation as error:
         for sequence in request.sequences:
             sequence.finish("error", error=str(error))
+            sequence.broken = error.not_finite
         return
     request.forked = True
     if beams.done:

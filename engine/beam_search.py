@@ -18,7 +18,12 @@ NOTHING = -1e9
 
 
 class NoContinuation(Exception):
-    """No beam of a request can go on; the message says why."""
+    """No beam of a request can go on: its rules leave no token, or its logits are ``not_finite``."""
+
+    def __init__(self, not_finite: bool) -> None:
+        why = "the model gave no finite logits" if not_finite else "the generation rules leave no token"
+        super().__init__(why)
+        self.not_finite = not_finite
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class BeamSearch:
         self.done = False
 
     @property
+    def has_stepped(self) -> bool:
+        return self.length > self.num_prompt
+
+    @property
     def length(self) -> int:
         """Of the running beams, prompt included."""
         return len(self.token_ids[0])
@@ -132,8 +141,7 @@ class BeamSearch:
         sums = (logprobs + self.logprobs[:, None]).ravel()
         best = np.argsort(-sums, kind="stable")[: self.num_candidates]
         if not np.isfinite(sums[best[0]]) or np.isnan(logprobs).any():
-            dead = not np.isnan(logprobs).any()
-            raise NoContinuation("the generation rules leave no token" if dead else "the model gave no finite logits")
+            raise NoContinuation(not_finite=bool(np.isnan(logprobs).any()))
         parents = best // count % beams
         chosen = tokens[parents, best % count]
         ended = np.isin(chosen, self.eos_ids)
@@ -145,7 +153,7 @@ class BeamSearch:
             return
         scores = best.logprobs / np.float32(self._penalty(self.length + 1))
         for i in np.flatnonzero(best.stops[: self.params.beam_width]):
-            if scores[i] > NOTHING:
+            if best.logprobs[i] > NOTHING / 2:
                 token_ids = [*self.token_ids[best.parents[i]][self.num_prompt :], int(best.tokens[i])]
                 found = Hypothesis(token_ids, float(best.logprobs[i]), float(scores[i]), bool(best.ended[i]))
                 self.finished.append(found)
@@ -157,8 +165,9 @@ class BeamSearch:
         full = len(self.finished) == self.params.num_kept
         if full and self.stops_when_full:
             return False
-        worst = self.finished[-1].score if full else NOTHING
-        return bool(self.logprobs[0] / np.float32(self._penalty(self._hoped_length())) > worst)
+        worst = self.finished[-1].score if full else -np.inf
+        is_alive = self.logprobs[0] > NOTHING / 2
+        return bool(is_alive and self.logprobs[0] / np.float32(self._penalty(self._hoped_length())) > worst)
 
     def _hoped_length(self) -> int:
         """The length at which the best running beam would score best: "never" looks ahead, others do not."""
@@ -172,6 +181,8 @@ class BeamSearch:
 
 def common_prefix(lists: list[list[int]]) -> list[int]:
     """The longest beginning that all of some lists have."""
+    if not lists:
+        return []
     low, high = min(lists), max(lists)
     for i, token_id in enumerate(low):
         if i >= len(high) or high[i] != token_id:

@@ -10,7 +10,7 @@ def deliver(sequence: Sequence, token_id: int, is_complete: bool = False) -> Non
     params = sequence.request.params
     if token_id in sequence.request.rules.eos_ids and not params.ignore_eos:
         sequence.finish("stop")
-    elif token_id in (params.stop_token_ids or ()):
+    elif token_id in sequence.request.rules.stops:
         sequence.finish("stop", stop_reason=token_id)
     _extend_text(sequence, token_id)
     if sequence.finish_reason is None and (is_complete or len(sequence.token_ids) >= sequence.max_length):
@@ -24,20 +24,26 @@ def _extend_text(sequence: Sequence, token_id: int) -> None:
     ended = sequence.finish_reason is not None
     # The token that ends a text is no part of it unless asked for, as in vLLM.
     shown = [] if ended and not sequence.request.params.include_stop_str_in_output else [token_id]
+    before = len(sequence.text)
     sequence.text += sequence.stream.push(shown, final=ended)
-    _cut_at_stop_string(sequence)
+    _cut_at_stop_string(sequence, before)
 
 
 def _flush(sequence: Sequence) -> None:
     if sequence.stream is not None:
+        before = len(sequence.text)
         sequence.text += sequence.stream.push([], final=True)
-        _cut_at_stop_string(sequence)
+        _cut_at_stop_string(sequence, before)
 
 
-def _cut_at_stop_string(sequence: Sequence) -> None:
-    """Ends the sequence at the first stop string in its text, however many tokens the string came in."""
+def _cut_at_stop_string(sequence: Sequence, before: int) -> None:
+    """Ends the sequence at the first stop string in its text, however many tokens it came in; ``before`` characters
+    have been searched already."""
     params = sequence.request.params
-    found = [(sequence.text.find(stop), stop) for stop in params.stop_strings]
+    if len(sequence.token_ids) - sequence.num_prompt <= params.min_tokens:
+        return
+    # What was there before held none; only its end may be the beginning of one.
+    found = [(sequence.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in params.stop_strings]
     if not (hits := [(at, stop) for at, stop in found if at >= 0]):
         return
     at, stop = min(hits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.batch import Batch
@@ -16,11 +15,13 @@ from kernels.sampling import sample
 
 
 @dataclass
-class Follower:
-    """A sequence in the draft model's cache: of its tokens there, ``num_cached`` have run."""
+class DraftRow:
+    """A sequence in the draft model's cache: of its tokens there ``num_cached`` have run, and ``num_agreed`` are known
+    to be the sequence's; those behind were guesses."""
 
     row: Row
     num_cached: int = 0
+    num_agreed: int = 0
 
 
 class DraftModel:
@@ -31,12 +32,12 @@ class DraftModel:
         self.runner, self.cache, self.num_threads = runner, runner.cache, num_threads
         self.max_model_len = max_model_len
         self.columns = SamplingColumns(self.cache.tokens)
-        self._followers: dict[Sequence, Follower] = {}
+        self._rows: dict[Sequence, DraftRow] = {}
 
     def kinds(self, sequences: list[Sequence]) -> list[int | None]:
-        for sequence in [known for known in self._followers if known.row is None]:  # finished, or sent back
+        for sequence in [known for known in self._rows if known.row is None]:  # finished, or sent back
             self._close(sequence)
-        return [0 if self._follows(sequence) else None for sequence in sequences]
+        return [0 if self._has_row(sequence) else None for sequence in sequences]
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         self._encode(sequences)
@@ -49,32 +50,33 @@ class DraftModel:
                 drafts[i].append(token_id)
         return drafts
 
-    def _follows(self, sequence: Sequence) -> bool:
+    def _has_row(self, sequence: Sequence) -> bool:
         """Sees to it that the cache has a place for the sequence, and that its tokens there are the sequence's."""
         if len(sequence.token_ids) >= self.max_model_len - 1:
             return False
-        if sequence not in self._followers:
+        if sequence not in self._rows:
             source_ids = sequence.request.encoder_prompt_token_ids
             if self.cache.num_free_rows == 0 or len(source_ids or ()) > self.max_model_len:
                 return False
             source = None if source_ids is None else self.cache.take_source(source_ids)
             if source is None and source_ids is not None:
                 return False
-            self._followers[sequence] = Follower(self.cache.open_row(source))
-        follower = self._followers[sequence]
-        own = self.cache.tokens[follower.row.index]
-        known = min(follower.num_cached, len(sequence.token_ids) - 1)
-        wrong = (own[:known] != torch.tensor(sequence.token_ids[:known], dtype=torch.int32).numpy()).nonzero()[0]
-        follower.num_cached = int(wrong[0]) if len(wrong) else known
-        own[: len(sequence.token_ids)] = sequence.token_ids
+            self._rows[sequence] = DraftRow(self.cache.open_row(source))
+        drafted = self._rows[sequence]
+        own, start, end = self.cache.tokens[drafted.row.index], drafted.num_agreed, len(sequence.token_ids)
+        agreed = start
+        while agreed < min(drafted.num_cached, end - 1) and own[agreed] == sequence.token_ids[agreed]:
+            agreed += 1
+        drafted.num_cached, drafted.num_agreed = min(drafted.num_cached, agreed), end
+        own[start:end] = sequence.token_ids[start:]
         return True
 
     def _grow(self, sequence: Sequence, ahead: int) -> bool:
-        follower, length = self._followers[sequence], len(sequence.token_ids) + ahead
-        return length < self.max_model_len and self.cache.grow(follower.row, follower.num_cached, length)
+        drafted, length = self._rows[sequence], len(sequence.token_ids) + ahead
+        return length < self.max_model_len and self.cache.grow(drafted.row, drafted.num_cached, length)
 
     def _encode(self, sequences: list[Sequence]) -> None:
-        sources = [self._followers[sequence].row.source for sequence in sequences]
+        sources = [self._rows[sequence].row.source for sequence in sequences]
         new = list(dict.fromkeys(source for source in sources if source is not None and not source.encoded))
         if new:
             self.runner.encode(new)
@@ -83,20 +85,20 @@ class DraftModel:
 
     def _next(self, sequences: list[Sequence], ahead: int) -> list[int]:
         """The token after each sequence's own and the ``ahead`` that were guessed."""
-        followers = [self._followers[sequence] for sequence in sequences]
-        rows = [follower.row.index for follower in followers]
+        places = [self._rows[sequence] for sequence in sequences]
+        rows = [place.row.index for place in places]
         lengths = [len(sequence.token_ids) + ahead for sequence in sequences]
-        starts = [follower.num_cached for follower in followers]
+        starts = [place.num_cached for place in places]
         counts = [length - start for length, start in zip(lengths, starts, strict=True)]
         logits: Tensor = self.runner.logits(Batch.of(self.cache.tokens, rows, starts, counts, [1] * len(rows)))
         result = sample(logits, self.columns.batch(sequences, lengths, rows), num_threads=self.num_threads)
         self.cache.tokens[rows, lengths] = result.token_ids
-        for follower, length in zip(followers, lengths, strict=True):
-            follower.num_cached = length
+        for place, length in zip(places, lengths, strict=True):
+            place.num_cached = length
         return [max(token_id, 0) for token_id in result.token_ids.tolist()]  # -1, an error, guesses nothing right
 
     def _close(self, sequence: Sequence) -> None:
-        row = self._followers.pop(sequence).row
+        row = self._rows.pop(sequence).row
         source = row.source
         self.cache.close_row(row)
         if source is not None:

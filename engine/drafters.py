@@ -7,7 +7,6 @@ import dataclasses
 import torch
 
 from engine.draft_model import DraftModel
-from engine.engine import Engine
 from engine.options import EngineOptions, resolve_dtype
 from engine.prompt_lookup import PromptLookup
 from engine.runner import Runner
@@ -36,11 +35,7 @@ def speculation_of(options: EngineOptions, ours: TransformerConfig, device: torc
 def _draft(
     config: SpeculativeConfig, options: EngineOptions, device: torch.device
 ) -> tuple[TransformerConfig, Runner]:  # fmt: skip
-    if config.folder is None:  # a live one
-        engine = getattr(config.model, "engine", None)
-        if not isinstance(engine, Engine):
-            raise ValueError(f"speculative_config's model must be a folder or an LLM, got {config.model!r:.80}")
-        return config.model.config, engine.runner
+    assert config.model is not None
     own = dataclasses.replace(options, speculative_config=None, max_model_len=None, kv_cache_memory_bytes=None)
-    model, _, weights = open_checkpoint(config.folder, own, device, resolve_dtype("auto", device))
+    model, _, weights = open_checkpoint(config.model, own, device, resolve_dtype("auto", device))
     return model.config, runner_of(model, weights, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -25,10 +26,17 @@ from engine.token_scores import add_scores
 from kernels.sampling import SampleResult, edit_logits, sample
 from models.tokenizer import Tokenizer
 
+LOGGER = logging.getLogger(__name__)
+# Of the sampler's errors the one that does not say that the model is broken.
+NOTHING_LEFT = "no token is left to choose: every logit is -inf"
+
 
 @dataclass
 class Outlets:
-    """What a step's logits are for: the sequences to sample, and searches, with their rows; what has been scored."""
+    """What a step's logits are for: the sequences to sample, and searches, with their rows; what has been scored.
+
+    A sequence with a draft is sampled once for each of its tokens, and once behind them.
+    """
 
     samples: list[Sequence] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # of the samples, each behind so many of its tokens and its draft
@@ -56,6 +64,7 @@ class Engine:
         self.clock = StepClock()
         self.speculation: Speculation | None = None
         self._sampling = 0.0
+        self._stepping, self._to_abort = False, list[Request]()
 
     def add_request(self, request: Request) -> None:
         if self.weights_may_change and not self.scheduler.has_unfinished:
@@ -65,34 +74,48 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished
 
-    def abort(self, request_id: str) -> None:
-        request = self.scheduler.abort(request_id)
-        if request is not None:
+    def abort(self, request: Request) -> None:
+        """Ends a request and frees what it holds; one that is not in progress is passed over.
+
+        Called from within a step, as by a request's callable, it takes place at the step's end.
+        """
+        if self._stepping:
+            self._to_abort.append(request)
+        elif self.scheduler.abort(request):
             _tell([request])
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """Runs one step; returns the requests that got something, finished ones included (none when idle)."""
         self.clock.start()
+        self._stepping = True
+        try:
+            changed = self._step()
+        except BaseException:
+            self.scheduler.recover()
+            raise
+        finally:
+            self._stepping = False
+        _tell(changed)
+        while self._to_abort:
+            self.abort(self._to_abort.pop())
+        return changed
+
+    def _step(self) -> list[Request]:
         if self.speculation is not None:
             self.speculation.guess(self.scheduler.live)
         schedule = self.scheduler.schedule()
         if not schedule.sequences:
             return []
-        try:
-            outlets = self._outlets(schedule, logits := self._run(schedule))
-            if outlets.samples:
-                outlets.num_sampled = self._sample(outlets, _picked(logits, outlets.rows))
-            if outlets.searches:
-                rows = [row for each in outlets.searches.values() for row in each]
-                self._advance(list(outlets.searches), _picked(logits, rows))
-        except BaseException:
-            self._recover(schedule)
-            raise
+        outlets = self._outlets(schedule, logits := self._run(schedule))
+        if outlets.samples:
+            outlets.num_sampled = self._sample(outlets, _picked(logits, outlets.rows))
+        if outlets.searches:
+            rows = [row for each in outlets.searches.values() for row in each]
+            self._advance(list(outlets.searches), _picked(logits, rows))
         changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
         self._count(schedule, outlets)
-        _tell(changed)
         return changed
 
     def _count(self, schedule: Schedule, outlets: Outlets) -> None:
@@ -103,7 +126,15 @@ class Engine:
             self.speculation.cost.add(sum(schedule.counts), seconds)
 
     def metrics(self) -> EngineMetrics:
-        return self.clock.metrics(self.scheduler)
+        return self.clock.metrics(self.scheduler, self.speculation)
+
+    def check_source(self, token_ids: list[int]) -> None:
+        """Raises ValueError for a source that not even an empty cache could hold."""
+        if (needed := self.cache.blocks_for(len(token_ids))) > self.cache.num_blocks:
+            raise ValueError(
+                f"the source needs {needed} cache blocks and the engine has {self.cache.num_blocks}: raise "
+                "kv_cache_memory_bytes"
+            )
 
     @torch.inference_mode()
     def encode(self, sources: list[list[int]]) -> list[Tensor]:
@@ -139,26 +170,19 @@ class Engine:
             sequence.num_cached += count
         return logits
 
-    def _recover(self, schedule: Schedule) -> None:
-        """After a step that failed on its way: who goes on takes it again."""
-        self.cache.forget_all()  # it counts on what may not have been written
-        for sequence in schedule.sequences:
-            sequence.draft = []
-            sequence.num_cached = min(sequence.num_cached, len(sequence.token_ids) - 1)
-
     def _outlets(self, schedule: Schedule, logits: Tensor) -> Outlets:
         outlets, start = Outlets(), 0
         for sequence, wanted in zip(schedule.sequences, schedule.wanted, strict=True):
             if wanted:
-                self._sort(outlets, sequence, logits, start, start + wanted)
+                self._assign(outlets, sequence, logits, start, start + wanted)
                 start += wanted
         return outlets
 
-    def _sort(self, outlets: Outlets, sequence: Sequence, logits: Tensor, start: int, end: int) -> None:
+    def _assign(self, outlets: Outlets, sequence: Sequence, logits: Tensor, start: int, end: int) -> None:
         """Finds out what a sequence's logits, in the rows from ``start`` to ``end``, are for."""
         request = sequence.request
-        if request.scored is not None and len(request.scores) < request.scored[1] - request.scored[0]:
-            add_scores(sequence, logits[start:end], self.tokenizer)
+        if request.scored is not None and not request.all_scored:
+            add_scores(sequence, logits[start:end], self.tokenizer, self.num_threads)
             outlets.scored.append(sequence)
         if sequence.num_lacking > 0 or sequence.finish_reason is not None:
             return
@@ -212,28 +236,38 @@ class Engine:
         advance_searches(searches, logits, edits, self.cache, self.num_threads)
 
     def _deliver(self, sequence: Sequence, result: SampleResult, token_ids: list[int], start: int, end: int) -> int:
-        """Gives a sequence the tokens drawn in the rows from ``start`` on, as long as they are those of its draft."""
+        """Gives a sequence the tokens drawn in the rows from ``start`` on, as long as its draft was right before them.
+
+        Returns how many.
+        """
         draft, sequence.draft = sequence.draft, []
+        right = delivered = 0
         for i in range(start, end):
-            if sequence.finish_reason is None and (error := result.errors[i]) is not None:
-                sequence.finish("error", error=error)
-            if sequence.finish_reason is not None:
-                end = i
+            self._deliver_token(sequence, result, token_ids[i], i)
+            if sequence.error is not None:
                 break
-            token_id = token_ids[i]
-            if sequence.request.params.logprobs is not None:
-                sequence.add_logprobs(token_id, result, i, self.tokenizer)
-            is_complete = accept_token(sequence, token_id)
-            sequence.token_ids.append(token_id)
-            deliver(sequence, token_id, is_complete)
-            if i - start == len(draft) or token_id != draft[i - start]:
-                end = i + 1
+            delivered += 1
+            was_right = i - start < len(draft) and token_ids[i] == draft[i - start]
+            right += was_right
+            if not was_right or sequence.finish_reason is not None:
                 break
         if draft and self.speculation is not None:
-            # The last token came of the model alone.
-            self.speculation.judge(sequence, max(0, end - start - 1), len(draft))
-            sequence.num_cached = len(sequence.token_ids) - 1
-        return end - start
+            self.speculation.judge(sequence, right, len(draft))
+            sequence.num_cached = len(sequence.token_ids) - 1  # what was drafted wrongly is written over
+        return delivered
+
+    def _deliver_token(self, sequence: Sequence, result: SampleResult, token_id: int, row: int) -> None:
+        if sequence.finish_reason is not None:  # its callable, or its grammar, has failed
+            return
+        if (error := result.errors[row]) is not None:
+            sequence.finish("error", error=error)
+            sequence.broken = error != NOTHING_LEFT
+            return
+        if sequence.request.params.logprobs is not None:
+            sequence.add_logprobs(token_id, result, row, self.tokenizer)
+        is_complete = accept_token(sequence, token_id)
+        sequence.token_ids.append(token_id)
+        deliver(sequence, token_id, is_complete)
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds since the last call, by what they went into: sampling, and what the runner tells apart."""
@@ -242,15 +276,19 @@ class Engine:
 
 
 def _tell(requests: list[Request]) -> None:
-    """Stamps what has happened to requests, and tells those who listen."""
+    """Stamps what has happened to requests, and tells those who listen; what goes wrong there is theirs to see to."""
     now = time.perf_counter()
     for request in requests:
         if request.metrics.first_token_time is None and request.forked:
             request.metrics.first_token_time = now
         if request.finished:
             request.metrics.finished_time = now
-        if request.on_change is not None:
+        if request.on_change is None:
+            continue
+        try:
             request.on_change(request)
+        except Exception:
+            LOGGER.exception("a listener of request %s has failed", request.request_id)
 
 
 def _batch(schedule: Schedule, tokens: Table) -> Batch:

@@ -29,17 +29,25 @@ class Intake:
         self._seeds, self._ids = random.Random(seed), itertools.count()
 
     def request(
-        self, prompt: Prompt, params: AnyParams, *, beams: bool = True, request_id: str | None = None
-    ) -> Request:
-        """One prompt's request; without ``params`` the model's own, a search only where ``beams``."""
+        self, prompt: Prompt, params: AnyParams, *, beams: bool = True, request_id: str | None = None,
+        draws_seed: bool = True,
+    ) -> Request:  # fmt: skip
+        """One prompt's request; without ``params`` the model's own, a search only where ``beams``.
+
+        Where the request brings no seed it draws one, unless it is only looked at.
+        """
         if params is None:
             params = self.defaults_after(self.prompt_length(prompt), beams)
+        if not isinstance(request_id, str | None):
+            raise ValueError(f"request_id must be a string, got {request_id!r:.80}")
         request_id = self.next_id() if request_id is None else request_id
         if isinstance(params, BeamSearchParams):
             return search_request(self.reader, request_id, prompt, params)
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        seed = params.seed
+        if seed is None or seed == -1:
+            seed = self._seeds.getrandbits(63) if draws_seed else 0
         return self.reader.request(request_id, prompt, params, seed)
 
     def requests(self, prompts: Prompts, params: Params | BeamSearchParams, beams: bool = False) -> list[Request]:
@@ -70,7 +78,8 @@ class Intake:
         return self.reader.request("", prompt, SamplingParams(), seed=0).num_prompt
 
     def next_id(self) -> str:
-        return str(next(self._ids))
+        """An id that callers are unlikely to choose themselves."""
+        return f"auto-{next(self._ids)}"
 
 
 def paired(prompts: Prompts, params: T | SequenceOf[T]) -> list[tuple[Prompt, T]]:

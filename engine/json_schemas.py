@@ -98,6 +98,8 @@ def _is(value: object, name: object) -> bool:
 def _check_object(schema: dict[str, Any]) -> None:
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if isinstance(required, list) and isinstance(properties, dict):
+        if not all(isinstance(name, str) for name in required):
+            raise ValueError(f"json requires names that are strings, got {json.dumps(required)[:80]}")
         unknown = [name for name in required if name not in properties]
         if unknown:
             raise ValueError(f"json requires {json.dumps(unknown[0])[:80]}, which is not among the properties")

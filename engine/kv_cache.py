@@ -7,6 +7,7 @@ is copied before it is written. A source's keys and values are written once and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -46,7 +47,8 @@ class Source(Known):
 class Row:
     """A running sequence's place: its index in the tables, the blocks it holds, its source.
 
-    ``num_known`` of the blocks, which are full, are known to the pool; ``tip`` is the last of those.
+    The content of the first ``num_known`` blocks, which are full, is known to the pool; ``tip`` is what it knows of the
+    last of them, which may be another block of the same content.
     """
 
     index: int
@@ -98,16 +100,19 @@ class KVCache:
 
     def take_source(self, token_ids: list[int]) -> Source | None:
         """The source of these tokens, one more time held: known, or new and to be encoded; None: there is no room."""
-        key = ("source", *token_ids)
-        known = self.pool.find(key) if self.enable_prefix_caching else None
+        known = self.find_source(token_ids)
         if known is not None:
-            assert isinstance(known, Source)
             self.pool.hold(known.blocks)
             return known
         source = self.new_source(token_ids)
         if source is not None and self.enable_prefix_caching:
             self.pool.name(source)
         return source
+
+    def find_source(self, token_ids: list[int]) -> Source | None:
+        known = self.pool.find(("source", *token_ids)) if self.enable_prefix_caching else None
+        assert known is None or isinstance(known, Source)
+        return known
 
     def new_source(self, token_ids: list[int]) -> Source | None:
         """A source that nobody finds, to be encoded; None: there is no room."""
@@ -116,7 +121,7 @@ class KVCache:
         return Source(("source", *token_ids), self.pool.take(count), token_ids=token_ids)
 
     def drop_source(self, source: Source) -> None:
-        if not source.encoded:
+        if not source.encoded and self.pool.holders[source.blocks[0]] == 1:
             self.pool.forget(source.blocks)
         self._drop(source.blocks)
 
@@ -139,24 +144,36 @@ class KVCache:
 
         At least one token is left to run.
         """
-        if not self.enable_prefix_caching:
-            return 0
-        size = self.block_size
-        for start in range(0, len(token_ids) - size, size):
-            known = self.pool.find(_key(row.tip, token_ids[start : start + size]))
-            if known is None:
-                break
+        for known in self._known_prefix(row.tip, token_ids):
             self.pool.hold(known.blocks)
             row.blocks += known.blocks
             row.tip = known
         row.num_known = len(row.blocks)
         self.tables[row.index, : len(row.blocks)] = row.blocks
-        return len(row.blocks) * size
+        return len(row.blocks) * self.block_size
+
+    def count_held_prefix(self, source_ids: list[int] | None, token_ids: SequenceOf[int]) -> int:
+        """How many blocks known of these tokens others hold now, so that sharing them takes nothing."""
+        source = None if source_ids is None else self.find_source(source_ids)
+        if source_ids is not None and source is None:
+            return 0
+        return sum(self.pool.holders[known.blocks[0]] > 0 for known in self._known_prefix(source, token_ids))
+
+    def _known_prefix(self, before: Known | None, token_ids: SequenceOf[int]) -> Iterator[Known]:
+        """The blocks known of the tokens, behind ``before``, as far as they go; at least one token is left."""
+        size = self.block_size
+        for start in range(0, len(token_ids) - size, size) if self.enable_prefix_caching else ():
+            known = self.pool.find(_key(before, token_ids[start : start + size]))
+            if known is None:
+                return
+            yield known
+            before = known
 
     def grow(self, row: Row, start: int, end: int) -> bool:
         """Gives a row blocks for its tokens up to ``end`` that it may write from ``start`` on; False: no room for it.
 
-        A block that others hold as well is replaced by a copy, which ``copy_shared`` makes.
+        A block that others hold as well is replaced by a copy, which ``copy_shared`` makes. Only the first one written
+        can be such a block: those behind it were taken by this row and are shared with none before they are full.
         """
         first, have = start // self.block_size, len(row.blocks)
         new = self.blocks_for(end) - have
@@ -214,7 +231,7 @@ class KVCache:
             row.blocks, row.num_known, row.tip = blocks, num_known, tip
             self.tables[row.index, : len(blocks)] = blocks
 
-    def forget(self, row: Row) -> None:
+    def discard(self, row: Row) -> None:
         """Takes what a row and its source hold for worthless, as when values are not finite: nobody will find it.
 
         It is zeroed when its last holder drops it, for attention multiplies what lies past a sequence's end by zero,
@@ -225,8 +242,9 @@ class KVCache:
             self._broken.update(blocks)
 
     def forget_all(self) -> None:
-        """Lets nothing be found again, as when the model has changed."""
+        """Lets nothing be found again, as when the model has changed; copies that were promised are not made."""
         self.pool.forget_all()
+        self._copies.clear()
 
     def slots(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The slots, block * block_size + offset, of tokens at ``positions`` of the sequences in ``rows``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +20,12 @@ from engine.beam_params import BeamSearchParams
 from engine.beam_requests import search_output
 from engine.drafters import speculation_of
 from engine.engine import Engine
-from engine.intake import AnyParams, Intake, Params, Prompts
+from engine.intake import AnyParams, Intake, Params, Prompts, paired
 from engine.metrics import EngineMetrics
 from engine.options import EngineOptions, resolve_device, resolve_dtype
 from engine.outputs import output_of
 from engine.prompts import Prompt, PromptReader
-from engine.request import BeamSearchOutput, Delta, EncoderOutput, Request, RequestOutput, ScoreOutput, Sequence
+from engine.request import BeamSearchOutput, Delta, EncoderOutput, Request, RequestOutput, ScoreOutput
 from engine.runners import open_checkpoint, runner_of
 from engine.sampling import SamplingParams, check_priority
 from engine.score import score_output, score_request
@@ -87,6 +87,8 @@ class LLM:
         The model is put into evaluation mode. With ``backend="native"`` the engine packs a copy of the weights as they
         are now; what the model learns later it does not see.
         """
+        if not isinstance(model, DecoderOnly | EncoderDecoder) or not isinstance(tokenizer, Tokenizer | None):
+            raise ValueError("LLM.from_model takes a model of ours and its tokenizer; LLM takes a folder")
         own = next(model.parameters()).device
         if device != "auto" and resolve_device(device).type != own.type:
             raise ValueError(f"device is {device}, but the model is on {own.type}")
@@ -120,6 +122,7 @@ class LLM:
         self.engine.speculation = speculation_of(options, self.config, device)
         self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
         self.intake = Intake(self.reader, options.seed)
+        self._news: dict[Request, None] = {}  # added ones that got something ``step`` has not told yet
         self.lock = threading.RLock()  # threads may share an LLM: their calls take turns, step by step
 
     def generate(
@@ -134,8 +137,8 @@ class LLM:
         """
         requests = self.intake.requests(prompts, sampling_params, beams=True)
         if priority is not None:
-            if len(priority) != len(requests):
-                raise ValueError(f"{len(requests)} prompts but {len(priority)} priorities: give one each")
+            if not isinstance(priority, list | tuple) or len(priority) != len(requests):
+                raise ValueError(f"priority must be a list of {len(requests)} integers, one a prompt")
             for request, own in zip(requests, priority, strict=True):
                 request.priority = check_priority(own)
         with Progress(disable=not (use_tqdm and _can_show_progress()), transient=True) as progress:
@@ -153,14 +156,13 @@ class LLM:
         """
         requests = self.intake.requests(prompts, sampling_params)
         following = list(followers_of(requests, self.tokenizer))
-        pending = _in_reverse(requests)
         with self._queued(requests):
             while following:
                 # Another call on this engine may have carried these requests on, or to their end, in between.
-                self._step_for(pending)
-                for follower in following:
-                    if (delta := follower.look()) is not None:
-                        yield delta
+                with self.lock:
+                    self._step_for(requests)
+                    deltas = [follower.look() for follower in following]
+                yield from (delta for delta in deltas if delta is not None)
                 following = [follower for follower in following if not follower.done]
 
     def beam_search(
@@ -184,11 +186,16 @@ class LLM:
         The model's chat template makes prompts of them, given ``variables``. Raises ValueError for a model that has
         none, or messages that it does not take.
         """
+        options = {field.name for field in dataclasses.fields(SamplingParams)} | {"chat_template", "lora_request"}
+        if misplaced := sorted(options & set(variables)):
+            raise ValueError(f"chat takes no {misplaced[0]}: what is no variable of the template goes elsewhere")
         if not isinstance(messages, list | tuple) or not messages:
             raise ValueError(
                 f"messages are a list of roles and contents, or a list of such lists, got {messages!r:.80}"
             )
         several = [messages] if isinstance(messages[0], Mapping) else messages
+        if not all(isinstance(each, list | tuple) and all(isinstance(m, Mapping) for m in each) for each in several):
+            raise ValueError(f"messages hold dicts of role and content, got {messages!r:.80}")
         return self.generate([self.chat_prompt(each, **variables) for each in several], sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Any, **variables: Any) -> Prompt:
@@ -197,6 +204,9 @@ class LLM:
             raise ValueError("this model has no tokenizer, so no chat template")
         text = self.tokenizer.apply_chat_template(list(messages), **variables)
         return {"prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """How the model's makers would sample, by its generation_config.json. Raises ValueError where we cannot."""
@@ -233,7 +243,7 @@ class LLM:
 
     def check(self, prompt: Prompt, params: SamplingParams | BeamSearchParams) -> None:
         """Raises the ValueError that ``generate``, or ``beam_search``, would."""
-        self.engine.scheduler.check(self.intake.request(prompt, params))
+        self.engine.scheduler.check(self.intake.request(prompt, params, draws_seed=False))
 
     def prompt_length(self, prompt: Prompt) -> int:
         """How many tokens the decoder's prompt has, start token included."""
@@ -262,10 +272,9 @@ class LLM:
         """
         if not self.config.is_encoder_decoder:
             raise ValueError("the model has no encoder: encode takes an encoder-decoder model")
-        requests = self.intake.requests(prompts, SamplingParams())
-        sources = [request.encoder_prompt_token_ids or [] for request in requests]
-        for request in requests:
-            self.engine.scheduler.check(request)
+        sources = [self.reader.source_ids(prompt) for prompt, _ in paired(prompts, None)]
+        for source in sources:
+            self.engine.check_source(source)
         hidden: list[torch.Tensor] = []
         while len(hidden) < len(sources):
             with self.lock:
@@ -294,43 +303,62 @@ class LLM:
 
         Raises ValueError for a bad prompt, parameter or priority, and for an id that is in progress.
         """
-        if not isinstance(request_id, str):
-            raise ValueError(f"request_id must be a string, got {request_id!r:.80}")
         request = self.intake.request(prompt, params, request_id=request_id)
         request.priority = check_priority(priority)
+        request.on_change = lambda changed: self._news.update({changed: None})
         with self.lock:
             self.engine.add_request(request)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step of everything that is queued; the outputs so far of the requests that it carried on."""
+        """Runs one step of everything that is queued; the outputs so far of the requests added that got something.
+
+        What another call's steps have done for them meanwhile is told, too.
+        """
         with self.lock:
-            return [output_of(request, self.tokenizer) for request in self.engine.step()]
+            self.engine.step()
+            news, self._news = self._news, {}
+            return [output_of(request, self.tokenizer) for request in news]
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds at once; one that is not in progress is passed over."""
         with self.lock:
-            self.engine.abort(request_id)
+            if isinstance(request_id, str) and (request := self.engine.scheduler.find(request_id)) is not None:
+                self.engine.abort(request)
+                self._news.pop(request, None)  # who aborts a request asks for no more of it
 
     def has_unfinished_requests(self) -> bool:
-        return self.engine.has_unfinished_requests()
+        """Whether ``step`` has anything left to do, or to tell."""
+        return self.engine.has_unfinished_requests() or bool(self._news)
 
     def get_metrics(self) -> EngineMetrics:
         """How much is running and waiting, how full the cache is, and how fast the engine has been."""
+        return self.engine.metrics()
+
+    def reset_prefix_cache(self) -> None:
+        """Lets nothing that is cached be found again, as when the model's weights have been changed."""
         with self.lock:
-            return self.engine.metrics()
+            self.engine.cache.forget_all()
 
     def _run(self, requests: list[Request], show: Callable[[int], None] = lambda finished: None) -> None:
         """Runs requests to their end, those first that may take longest: none of them is then left alone at the end.
 
         ``show`` is told how many sequences are finished, after each step.
         """
-        ordered = sorted(requests, key=_hoped_length, reverse=True)
-        pending = _in_reverse(ordered)
-        total = len(pending)
-        with self._queued(ordered):
-            while pending:
-                self._step_for(pending)
-                show(total - len(pending))
+        remaining = dict.fromkeys(requests)
+        finished = 0
+
+        def count(request: Request) -> None:
+            nonlocal finished
+            if request.finished and request in remaining:
+                del remaining[request]
+                finished += len(request.sequences)
+
+        for request in requests:
+            request.on_change = count
+        with self._queued(sorted(requests, key=_hoped_length, reverse=True)):
+            while remaining:
+                self._step_for(remaining)
+                show(finished)
 
     @contextlib.contextmanager
     def _queued(self, requests: list[Request]) -> Iterator[None]:
@@ -345,18 +373,12 @@ class LLM:
         finally:
             with self.lock:
                 for request in requests:
-                    if not request.finished:
-                        self.engine.abort(request.request_id)
+                    self.engine.abort(request)
 
-    def _step_for(self, pending: list[Sequence]) -> None:
-        """A step of the engine, unless another call's steps have finished these sequences meanwhile.
-
-        Takes finished ones off the end of ``pending``, so that all of a call's steps together look at each but once.
-        """
+    def _step_for(self, requests: Iterable[Request]) -> None:
+        """A step of the engine, unless another call's steps have finished these requests meanwhile."""
         with self.lock:
-            while pending and pending[-1].finish_reason is not None:
-                pending.pop()
-            if pending:
+            if any(not request.finished for request in requests):
                 self.engine.step()
 
 
@@ -368,11 +390,6 @@ def _check_vocabulary(tokens: int, rows: int) -> None:
 def _can_show_progress() -> bool:
     # In a notebook rich draws with ipywidgets, and warns at every call where they are missing.
     return not get_console().is_jupyter or find_spec("ipywidgets") is not None
-
-
-def _in_reverse(requests: list[Request]) -> list[Sequence]:
-    """All sequences of the requests, the last first: the first ones, which finish first, are at the end."""
-    return [sequence for request in reversed(requests) for sequence in reversed(request.sequences)]
 
 
 def _hoped_length(request: Request) -> int:

@@ -65,6 +65,18 @@ class GenerationRules:
         forced = self.forced_bos_id is not None or self.forced_eos_id is not None or self.allowed is not None
         return not (always or sometimes or forced)
 
+    @functools.cached_property
+    def _bad_words_after(self) -> dict[int | None, list[tuple[int, ...]]]:
+        """The words by the token before their last; None: there is none."""
+        words: dict[int | None, list[tuple[int, ...]]] = {}
+        for word in self.bad_words:
+            words.setdefault(word[-2] if len(word) > 1 else None, []).append(word)
+        return words
+
+    @functools.cached_property
+    def stops(self) -> frozenset[int]:
+        return frozenset(self.stop_ids)
+
     def steady_until(self, length: int, num_prompt: int, max_length: int) -> int:
         """The next length, beyond this one, at which the rules may ask something else of a sequence."""
         if any(len(word) > 1 for word in self.bad_words):
@@ -81,8 +93,9 @@ class GenerationRules:
     def bias(self, text: NDArray[np.int32], num_prompt: int) -> dict[int, float]:
         """What to add to the scores of the token after ``text``, the decoder's prompt of ``num_prompt`` included."""
         bias = dict(self.logit_bias)
-        for *start, last in self.bad_words:
-            repeated = text[len(text) - len(start) :].tolist() == start if len(start) <= len(text) else False
+        before = int(text[-1])
+        for *start, last in (*self._bad_words_after.get(None, ()), *self._bad_words_after.get(before, ())):
+            repeated = len(start) <= len(text) and text[len(text) - len(start) :].tolist() == start
             if repeated and (start or last not in self.eos_ids):
                 bias[last] = BAN
         banned = self.suppress_ids

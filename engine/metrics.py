@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from engine.scheduler import Scheduler
+from engine.speculation import Speculation
 
 RECENT = 256  # steps that rates and times are taken over
 
@@ -16,9 +17,10 @@ class EngineMetrics:
     """The state of an engine, and its work so far.
 
     Attributes:
-        num_running, num_waiting: requests, those that were sent back to wait included.
+        num_running, num_waiting: requests; those that were sent back wait.
         cache_usage: share of the blocks that running requests hold, 0 to 1; known content that is kept is not counted.
         prefix_hit_rate, source_hit_rate: share of the tokens of decoder prompts, and of sources, found in the cache.
+        num_guessed, num_right: tokens guessed ahead, and those of them that came.
         num_preemptions: how often a request was sent back for want of blocks.
         num_steps, num_tokens: steps run, tokens generated (a beam search's: those of all its beams).
         tokens_per_second, step_seconds: generated tokens per second of stepping, and the mean step, over the last 256.
@@ -30,6 +32,8 @@ class EngineMetrics:
     prefix_hit_rate: float
     source_hit_rate: float
     num_preemptions: int
+    num_guessed: int
+    num_right: int
     num_steps: int
     num_tokens: int
     tokens_per_second: float
@@ -55,9 +59,10 @@ class StepClock:
         self.num_tokens += num_tokens
         return seconds
 
-    def metrics(self, scheduler: Scheduler) -> EngineMetrics:
-        cache = scheduler.cache
-        seconds, tokens = (sum(values) for values in zip(*self._recent, strict=True)) if self._recent else (0.0, 0)
+    def metrics(self, scheduler: Scheduler, speculation: Speculation | None) -> EngineMetrics:
+        """May be called while another thread takes a step."""
+        cache, recent = scheduler.cache, tuple(self._recent)
+        seconds, tokens = (sum(values) for values in zip(*recent, strict=True)) if recent else (0.0, 0)
         counts = cache.counts
         return EngineMetrics(
             num_running=len(scheduler.running),
@@ -66,10 +71,12 @@ class StepClock:
             prefix_hit_rate=_share(counts.prompt_hits, counts.prompt_tokens),
             source_hit_rate=_share(counts.source_hits, counts.source_tokens),
             num_preemptions=scheduler.num_preemptions,
+            num_guessed=0 if speculation is None else speculation.num_guessed,
+            num_right=0 if speculation is None else speculation.num_right,
             num_steps=self.num_steps,
             num_tokens=self.num_tokens,
             tokens_per_second=_share(tokens, seconds),
-            step_seconds=_share(seconds, len(self._recent)),
+            step_seconds=_share(seconds, len(recent)),
         )
 
 

@@ -14,7 +14,12 @@ from kernels.cached_attention import PAGE
 from models.config import LARGEST, TransformerConfig
 from models.sources import Quantization
 
-RANGES = {"num_threads": (1, 1024), "seed": (0, 2**63 - 1), "max_num_seqs": (1, 1 << 20)}
+RANGES = {
+    "tensor_parallel_size": (1, 1),
+    "num_threads": (1, 1024),
+    "seed": (0, 2**63 - 1),
+    "max_num_seqs": (1, 1 << 20),
+}
 LENGTH_WITHOUT_LIMIT = 2048  # of a model whose positions have no end
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
 STEP_TOKENS = 512  # few enough that those who decode meanwhile do not wait long
@@ -43,6 +48,8 @@ class EngineOptions:
         block_size: tokens in a block of the cache; for native a multiple of 16.
         enable_prefix_caching: keys and values of equal beginnings, and of equal sources, are computed once.
         speculative_config: how tokens to come are guessed, a dict (``engine.speculative_config``); None: not at all.
+        batch_invariant: results must not depend on the batch; the native backend's never do, others refuse.
+        tensor_parallel_size: 1, the only one there is.
         num_threads: CPU threads, torch's own unless given. seed: of the requests that bring none.
     """
 
@@ -56,6 +63,8 @@ class EngineOptions:
     block_size: int = 16
     enable_prefix_caching: bool = True
     speculative_config: SpeculativeConfig | None = None
+    batch_invariant: bool = False
+    tensor_parallel_size: int = 1
     num_threads: int | None = None
     seed: int = 0
 
@@ -80,6 +89,11 @@ class EngineOptions:
             low, high = RANGES.get(field.name, (1, 2**40))
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{field.name} must be an integer from {low} to {high}, got {value!r}")
+
+    def check_invariance(self, native: bool) -> None:
+        """Raises ValueError where results must not depend on the batch and may."""
+        if self.batch_invariant and not native:
+            raise ValueError("batch_invariant=True is what backend='native' gives, and this model runs on torch")
 
     def runs_native(self, device: torch.device) -> bool:
         """Whether the C++ core runs a model of a checkpoint. Raises ValueError where it was asked for and cannot."""

@@ -5,6 +5,8 @@ Of a search that is not finished it is what is settled of its best hypothesis.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.beam_requests import search_output
 from engine.request import BeamSequence, CompletionOutput, Logprob, Request, RequestOutput, Sequence
 from models.tokenizer import Tokenizer
@@ -14,7 +16,7 @@ def output_of(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
     return RequestOutput(
         request.request_id, request.prompt, request.prompt_token_ids, _completions(request, tokenizer),
         request.finished, request.encoder_prompt, request.encoder_prompt_token_ids, _prompt_logprobs(request),
-        request.metrics,
+        replace(request.metrics),
     )  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def _sample(sequence: Sequence) -> CompletionOutput:
     wanted = sequence.request.params.logprobs is not None
     return CompletionOutput(
         sequence.index, sequence.text, sequence.output_ids, sequence.cumulative_logprob if wanted else None,
-        sequence.logprobs if wanted else None, sequence.finish_reason, sequence.stop_reason, sequence.error,
+        list(sequence.logprobs) if wanted else None, sequence.finish_reason, sequence.stop_reason, sequence.error,
     )  # fmt: skip
 
 

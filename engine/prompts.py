@@ -121,6 +121,12 @@ class PromptReader:
             raise ValueError("the prompt is empty: a decoder-only model needs at least one token")
         return Request(request_id, text, token_ids, params)
 
+    def source_ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of a source, given alone or beside a decoder prompt."""
+        if isinstance(prompt, Mapping) and set(prompt) == {"encoder_prompt", "decoder_prompt"}:
+            prompt = prompt["encoder_prompt"]
+        return self._source(prompt, SamplingParams())[1]
+
     def _source(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
         text, token_ids = self._text_and_ids(self._with_task(prompt, params.task), target=False)
         if len(token_ids) > self.max_model_len:

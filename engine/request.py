@@ -146,6 +146,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    broken: bool = False  # what it has in the cache is not finite
 
     @property
     def num_prompt(self) -> int:
@@ -206,6 +207,10 @@ class Request:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.prompt_token_ids)
+
+    @property
+    def all_scored(self) -> bool:
+        return self.scored is not None and len(self.scores) == self.scored[1] - self.scored[0]
 
     @property
     def order(self) -> tuple[int, int]:

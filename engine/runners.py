@@ -33,6 +33,7 @@ def runner_of(
     model: DecoderOnly | EncoderDecoder, weights: NamedWeights | None, options: EngineOptions
 ) -> Runner:  # fmt: skip
     """A runner of the weights that are apart, or where there are none of the model as it is, and a cache for it."""
+    options.check_invariance(native=weights is not None)
     return torch_runner(model, options) if weights is None else native_runner(model, weights, options)
 
 

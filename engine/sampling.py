@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from engine.structured_outputs import StructuredOutputsParams
 
 MAX_SAMPLES = 16_384
 MAX_LOGPROBS = 128
+MAX_STOPS, MAX_BAD_WORDS, MAX_NGRAM = 128, 1024, 2**20  # searched for in every step
 MAX_TOP_K = 2**31 - 1
 MAX_FLOAT = 3e38  # about float32's largest
 LogitsProcessor = Callable[..., Tensor]
@@ -29,7 +31,7 @@ class SamplingParams:
         presence_penalty, frequency_penalty, repetition_penalty: against tokens generated before (repetition: or in
             the prompt).
         max_tokens: most tokens generated; None: as many as max_model_len leaves room for.
-        seed: of this request's random numbers; None: drawn from the engine's.
+        seed: of this request's random numbers; None or -1: drawn from the engine's.
         stop: strings that end the text; cut off unless include_stop_str_in_output.
         stop_token_ids: tokens that end it besides the end token. ignore_eos: go on after the end token.
         logprobs: None, or how many of the likeliest tokens to report besides the chosen one, 128 at most.
@@ -83,7 +85,7 @@ class SamplingParams:
         check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
         check_number("typical_p", self.typical_p, 0, 1, open_low=True)
-        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, None)
+        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, MAX_NGRAM)
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
             raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r:.80}")
         if not isinstance(self.task, str | None):
@@ -109,6 +111,12 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids", "bad_words", "logits_processors"):
             if (values := getattr(self, name)) is not None and not isinstance(values, list | tuple):
                 raise ValueError(f"{name} must be a list, got {values!r:.80}")
+        for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logits_processors"):
+            if isinstance(values := getattr(self, name), list):  # what the caller does to it later changes nothing
+                object.__setattr__(self, name, tuple(values))
+        for name, most in (("stop", MAX_STOPS), ("bad_words", MAX_BAD_WORDS)):
+            if not isinstance(values := getattr(self, name) or (), str) and len(values) > most:
+                raise ValueError(f"{name} holds {len(values)} strings, more than {most}")
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token_id in getattr(self, name) or ():
                 check_integer(name, token_id, 0, None)
@@ -137,18 +145,27 @@ def check_number(name: str, value: object, low: float, high: float, open_low: bo
     """Raises ValueError unless ``value`` is a number from ``low`` (itself left out where ``open_low``) to ``high``."""
     start = f"({low}" if open_low else f"[{low}"
     end = "infinity)" if high == math.inf else f"{high}]"
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         # As the sampler will see it: a number that float32 rounds to 0 or to infinity is out of range too.
-        single = ctypes.c_float(value).value if abs(value) < MAX_FLOAT else math.inf
+        number = _as_float(value)
+        single = ctypes.c_float(number).value if abs(number) < MAX_FLOAT else math.inf
         above = single > low if open_low else single >= low
-        if math.isfinite(single) and above and value >= low and value <= high:
+        if math.isfinite(single) and above and number >= low and number <= high:
             return
-    raise ValueError(f"{name} must be a number in {start}, {end}, got {value!r}")
+    raise ValueError(f"{name} must be a number in {start}, {end}, got {value!r:.80}")
+
+
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def check_integer(name: str, value: object, low: int, high: int | None) -> None:
     """Raises ValueError unless ``value`` is an integer from ``low`` to ``high`` (None: to any)."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or value < low or (high is not None and value > high):  # type: ignore[operator]
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
 

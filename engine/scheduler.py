@@ -31,10 +31,12 @@ class Schedule:
 
 def _wanted(sequence: Sequence, start: int, end: int) -> int:
     """Of how many of the tokens from ``start`` to ``end`` the logits are wanted: the last of them."""
-    scored = sequence.request.scored
-    if scored is not None and start < scored[1] - 1:
-        return max(0, end - max(start, scored[0] - 1))
-    return 1 + len(sequence.draft) if end == len(sequence.token_ids) + len(sequence.draft) else 0
+    request, drafted = sequence.request, len(sequence.draft)
+    to_choose = 1 + drafted if end == len(sequence.token_ids) + drafted else 0
+    if request.scored is None or request.all_scored:
+        return to_choose
+    first = request.scored[0] - 1 + len(request.scores)  # whose next token is to be scored
+    return max(to_choose, end - max(start, first), 0)
 
 
 class Scheduler:
@@ -84,15 +86,22 @@ class Scheduler:
         self._arrivals += 1
         heapq.heappush(self._waiting, (request.order, request))
 
-    def abort(self, request_id: str) -> Request | None:
-        """Ends a request, waiting or running, and frees what it holds; None: there is none of this id in progress."""
-        if (request := self._requests.get(request_id)) is None:
-            return None
+    def find(self, request_id: str) -> Request | None:
+        """The request of this id that is in progress."""
+        return self._requests.get(request_id)
+
+    def abort(self, request: Request) -> bool:
+        """Ends a request, waiting or running, and frees what it holds; False: it was not in progress."""
+        if self._requests.get(request.request_id) is not request:
+            return False
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 sequence.finish("abort")
         self.retire([request])
-        return request
+        if len(self._waiting) > 2 * self.num_waiting + 16:
+            self._waiting = [entry for entry in self._waiting if not entry[1].finished]
+            heapq.heapify(self._waiting)
+        return True
 
     def retire(self, requests: Iterable[Request]) -> None:
         """Frees what the finished sequences of these requests hold."""
@@ -100,8 +109,8 @@ class Scheduler:
             finished = request.finished
             for sequence in request.sequences:
                 if sequence.row is not None and (finished or sequence.finish_reason is not None):
-                    if sequence.error is not None:
-                        self.cache.forget(sequence.row)
+                    if sequence.broken:
+                        self.cache.discard(sequence.row)
                     self._close(sequence)
             if finished and self._requests.pop(request.request_id, None) is not None:
                 self._release_source(request)
@@ -114,37 +123,55 @@ class Scheduler:
         return [sequence for request in self.running for sequence in request.live]
 
     def schedule(self) -> Schedule:
-        """The next step; without sequences where nothing is left to do."""
+        """The next step; without sequences where nothing is left to do, or all had to give way."""
         schedule = Schedule()
-        preempted = self.num_preemptions
-        prompts = self._schedule_decodes(schedule)
+        made_room = self._make_room()
+        prompts = self._add_decodes(schedule)
         # However many decode, prompts go on.
         least = max(1, min(self.cache.block_size, self.max_num_batched_tokens // 2))
         room = max(self.max_num_batched_tokens - len(schedule.sequences), least)
         for sequence in prompts:
             room -= self._schedule_prompt(schedule, sequence, room)
-        if preempted == self.num_preemptions:
+        if not made_room:
             self._admit(schedule, room)
+        if not schedule.sequences and self.running:
+            raise RuntimeError("the scheduler has requests that run and nothing for them to do")
         return schedule
 
-    def _schedule_decodes(self, schedule: Schedule) -> list[Sequence]:
-        """Adds the sequences that have one token to run; returns those that have more."""
-        prompts: list[Sequence] = []
-        i = 0
+    def recover(self) -> None:
+        """After a step that failed on its way, which may not have written what others count on: all begin anew."""
+        self.cache.forget_all()
+        for request in self.running:
+            if request.beams is not None and request.beams.has_stepped:
+                request.forked = True
+                for sequence, token_ids in zip(request.sequences, request.beams.token_ids, strict=True):
+                    sequence.token_ids = token_ids
+        self.retire(list(self.running))
+        while self.running:
+            self._preempt()
+
+    def _make_room(self) -> bool:
+        """Gives all who run blocks for their tokens; returns whether others had to give way for them."""
+        before, i = self.num_preemptions, 0
         while i < len(self.running):
-            request = self.running[i]
+            if all(self._grow(sequence) for sequence in self.running[i].live):
+                i += 1
+            else:
+                self._preempt()  # the last, which may be this one
+        return self.num_preemptions > before
+
+    def _add_decodes(self, schedule: Schedule) -> list[Sequence]:
+        """Adds the sequences that have one token to run, and their drafts; returns those that have more."""
+        prompts: list[Sequence] = []
+        decoding: list[Sequence] = []
+        for request in self.running:
             live = request.live
-            if not all(self._grow(sequence) for sequence in live):
-                self._preempt()
-                continue  # with the same request, unless it was the last
-            i += 1
             long = [sequence for sequence in live if sequence.num_lacking > 1]
             prompts += long
-            if request.beams is not None and long:
-                continue  # beams take a step together
-            for sequence in live:
-                if sequence.num_lacking == 1:
-                    self._add(schedule, sequence, 1 + self._accept_draft(sequence))
+            if request.beams is None or not long:  # beams take a step together
+                decoding += [sequence for sequence in live if sequence.num_lacking == 1]
+        for sequence in decoding:
+            self._add(schedule, sequence, 1 + self._accept_draft(sequence))
         return prompts
 
     def _accept_draft(self, sequence: Sequence) -> int:
@@ -182,15 +209,18 @@ class Scheduler:
 
     def _admit(self, schedule: Schedule, room: int) -> None:
         """Lets the first of those that wait in, as long as there is room for them and tokens left in this step."""
+        # Those that run will each want another block soon: who is let in without them is the next to be sent back.
+        reserve = len(self.live)
         while self._waiting and room > 0:
             request = self._waiting[0][1]
             if request.finished:  # aborted
                 heapq.heappop(self._waiting)
                 continue
-            encoder_tokens = len(request.encoder_prompt_token_ids or ())
+            unread = self._unread(request)
             # A source is read in one piece; the first of a step may be longer than the step.
-            if (schedule.sources and encoder_tokens > room) or not self._open(request):
+            if (schedule.sources and unread > room) or not self._open(request, reserve):
                 return
+            reserve += len(request.live)
             heapq.heappop(self._waiting)
             insort(self.running, request, key=lambda each: each.order)
             if not request.counted:
@@ -198,8 +228,14 @@ class Scheduler:
             if request.source is not None and not request.source.encoded and request.source not in schedule.sources:
                 schedule.sources.append(request.source)
                 schedule.only_decodes = False
-                room = max(room - encoder_tokens, 1)
-            for sequence in request.live:
+                room = max(room - unread, 1)
+            live = request.live
+            if all(sequence.num_lacking == 1 for sequence in live):  # they were sent back, and all is still there
+                room -= len(live)
+                for sequence in live:
+                    self._add(schedule, sequence, 1)
+                continue
+            for sequence in live:
                 room -= self._schedule_prompt(schedule, sequence, room)
 
     def _count(self, request: Request) -> None:
@@ -211,10 +247,16 @@ class Scheduler:
             counts.source_tokens += len(request.source.token_ids)
             counts.source_hits += len(request.source.token_ids) if request.source.encoded else 0
 
-    def _open(self, request: Request) -> bool:
-        """Takes rows and blocks for all tokens of a request; False, and nothing is taken, where there are too few."""
+    def _unread(self, request: Request) -> int:
+        """How many of the source's tokens the encoder would have to read."""
+        source = request.encoder_prompt_token_ids
+        return 0 if source is None or self.cache.find_source(source) is not None else len(source)
+
+    def _open(self, request: Request, reserve: int) -> bool:
+        """Takes rows and blocks for all tokens of a request and leaves ``reserve``; False, and nothing is taken, where
+        there are too few."""
         sequences = [sequence for sequence in request.sequences if sequence.finish_reason is None]
-        if len(sequences) > self.cache.num_free_rows:
+        if len(sequences) > self.cache.num_free_rows or not self._may_fit(request, reserve):
             return False
         if request.encoder_prompt_token_ids is not None:
             request.source = self.cache.take_source(request.encoder_prompt_token_ids)
@@ -222,20 +264,33 @@ class Scheduler:
                 return False
         for sequence in sequences:
             sequence.row = self.cache.open_row(request.source)
-        live = request.live
-        # Those that run will each want another block soon: who is let in without them is the next to be sent back.
-        reserve = len(self.live)
-        fits = all(self._fill(sequence) for sequence in live) and self.cache.pool.num_available >= reserve
+        fits = all(self._fill(sequence) for sequence in request.live) and self.cache.pool.num_available >= reserve
         if not fits:
             self._close_all(request)
         return fits
 
+    def _may_fit(self, request: Request, reserve: int) -> bool:
+        """Whether it is worth trying, which may cost others what is kept of them; the only one always is."""
+        if not self.running:
+            return True
+        needed = self.cache.blocks_for(self._unread(request)) + reserve
+        for sequence in request.live:
+            needed += self.cache.blocks_for(len(sequence.token_ids))
+            needed -= self.cache.count_held_prefix(request.encoder_prompt_token_ids, self._shareable(sequence))
+        return needed <= self.cache.pool.num_available
+
+    def _shareable(self, sequence: Sequence) -> list[int]:
+        """The tokens that may be found in the cache: those to be scored have to run."""
+        request = sequence.request
+        if request.scored is None or request.all_scored:
+            return sequence.token_ids
+        return sequence.token_ids[: request.scored[0] + len(request.scores)]
+
     def _fill(self, sequence: Sequence) -> bool:
         """Gives an empty row its tokens, the blocks that are known of them and room for the rest; False: too little."""
-        row, token_ids, scored = sequence.row, sequence.token_ids, sequence.request.scored
+        row, token_ids = sequence.row, sequence.token_ids
         assert row is not None
-        prefix = self.cache.take_prefix(row, token_ids if scored is None else token_ids[: scored[0]])
-        sequence.num_cached = prefix
+        sequence.num_cached = self.cache.take_prefix(row, self._shareable(sequence))
         if not self._grow(sequence):
             return False
         self.cache.tokens[row.index, : len(token_ids)] = token_ids

@@ -21,14 +21,14 @@ class SpeculativeConfig:
         method: "ngram" looks up what came after the same tokens before; "draft_model" runs a smaller model.
         num_speculative_tokens: most tokens guessed at once; how many of them are worth their time is measured.
         prompt_lookup_min, prompt_lookup_max: how many of the last tokens are looked up.
-        model: the draft model's folder or id, or a live ``LLM`` of it, with the same vocabulary.
+        model: the draft model's folder or id; it has the same vocabulary.
     """
 
     method: str | None = None
     num_speculative_tokens: int = 8
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 5
-    model: Any = None
+    model: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.method not in (None, "ngram", "draft_model"):
@@ -38,16 +38,12 @@ class SpeculativeConfig:
         check_integer("num_speculative_tokens", self.num_speculative_tokens, 1, MOST_TOKENS)
         check_integer("prompt_lookup_max", self.prompt_lookup_max, 1, 32)
         check_integer("prompt_lookup_min", self.prompt_lookup_min, 1, self.prompt_lookup_max)
-        if isinstance(self.model, int | float | Mapping):
+        if not isinstance(self.model, str | Path | None):
             raise ValueError(f"speculative_config's model must be a folder, got {self.model!r:.80}")
 
     @property
     def kind(self) -> str:
         return self.method or ("ngram" if self.model is None else "draft_model")
-
-    @property
-    def folder(self) -> str | Path | None:
-        return self.model if isinstance(self.model, str | Path) else None
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | SpeculativeConfig) -> SpeculativeConfig:

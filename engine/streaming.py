@@ -31,9 +31,10 @@ class SampleFollower:
     def look(self) -> Delta | None:
         sequence = self.sequence
         reason = sequence.finish_reason
-        text, token_ids = released_text(sequence), sequence.output_ids
-        new_text, new_ids = text[self._characters :], token_ids[self._tokens :]
-        self._characters, self._tokens, self.done = len(text), len(token_ids), reason is not None
+        text = released_text(sequence)
+        new_text, new_ids = text[self._characters :], sequence.token_ids[sequence.num_prompt + self._tokens :]
+        self._characters, self.done = len(text), reason is not None
+        self._tokens += len(new_ids)
         if not new_ids and reason is None:
             return None
         return Delta(self.request_index, sequence.index, new_text, new_ids, reason)

@@ -10,11 +10,11 @@ from kernels.sampling import top_k
 from models.tokenizer import Tokenizer
 
 
-def add_scores(sequence: Sequence, logits: Tensor, tokenizer: Tokenizer | None) -> None:
-    """Adds to the request's ``scores`` what a step's logits (rows, vocab) say of the tokens that come next.
+def add_scores(sequence: Sequence, logits: Tensor, tokenizer: Tokenizer | None, num_threads: int | None) -> None:
+    """Adds to the request's ``scores`` what logits (rows, vocab) say of the tokens that come next.
 
-    The rows are those of consecutive tokens, the last of them the last that has run. Where they are not finite, the
-    request ends with an error.
+    The first row is that of the token before the first that is not scored yet. Where they are not finite, the request
+    ends with an error.
     """
     request = sequence.request
     assert request.scored is not None
@@ -27,10 +27,19 @@ def add_scores(sequence: Sequence, logits: Tensor, tokenizer: Tokenizer | None) 
         request.scores.clear()
         for each in request.sequences:
             each.finish("error", error="the model gives no finite logits")
+            each.broken = True
+        return
+    wanted = request.params.prompt_logprobs
+    if wanted is None:
+        request.scores += [
+            {token_id: Logprob(logprob, 0)}
+            for token_id, logprob in zip(targets.tolist(), chosen[:, 0].tolist(), strict=True)
+        ]
         return
     ranks = ((logprobs > chosen).sum(1) + 1).tolist()
-    wanted = request.params.prompt_logprobs or 0
-    values, ids = top_k(logprobs, wanted) if wanted else (logprobs[:, :0], targets[:, None][:, :0])
+    values, ids = (
+        top_k(logprobs, wanted, num_threads=num_threads) if wanted else (logprobs[:, :0], targets[:, None][:, :0])
+    )
     for i, (token_id, logprob) in enumerate(zip(targets.tolist(), chosen[:, 0].tolist(), strict=True)):
         likeliest = enumerate(zip(ids[i].tolist(), values[i].tolist(), strict=True), 1)
         entry = {other: Logprob(value, rank, _name(other, tokenizer)) for rank, (other, value) in likeliest}

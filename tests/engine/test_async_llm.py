@@ -31,7 +31,7 @@ async def collect(llm: AsyncLLM, number: int, params: Any = LONG, **options: Any
 
 async def idle(llm: AsyncLLM) -> None:
     for _ in range(500):
-        if not llm.llm.has_unfinished_requests():
+        if not llm.llm.engine.has_unfinished_requests():
             return
         await asyncio.sleep(0.01)
     raise AssertionError("the engine never came to rest")
@@ -128,4 +128,35 @@ def test_an_engine_that_fails_says_so_to_all_who_wait(served: AsyncLLM, monkeypa
     asyncio.run(work())
     with pytest.raises(EngineDeadError):
         served.check_health()
+    served.shutdown()
     assert not served.llm.has_unfinished_requests()
+
+
+def test_no_output_is_lost_whenever_it_comes(served: AsyncLLM) -> None:
+    """Consumers that give way between outputs, as those that write to a socket do."""
+
+    async def read(number: int) -> list[int]:
+        async for output in served.generate(prompt(number), LONG):
+            last = output
+            await asyncio.sleep(0)
+        return last.outputs[0].token_ids
+
+    async def work() -> list[list[int]]:
+        return await asyncio.gather(*(read(i) for i in range(200)))
+
+    expected = served.llm.generate([prompt(i) for i in range(200)], LONG, use_tqdm=False)
+    assert asyncio.run(work()) == [output.outputs[0].token_ids for output in expected]
+
+
+def test_an_id_of_another_caller_does_them_no_harm(served: AsyncLLM) -> None:
+    async def work() -> None:
+        served.llm.add_request("x", prompt(1), LONG)
+        with pytest.raises(ValueError, match="in progress"):
+            await collect(served, 2, request_id="x")
+        with pytest.raises(ValueError, match="request_id"):
+            await collect(served, 2, request_id=5)
+        await idle(served)
+
+    asyncio.run(work())
+    (output,) = served.llm.step()
+    assert output.outputs[0].finish_reason == "length"

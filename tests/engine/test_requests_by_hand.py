@@ -156,3 +156,47 @@ def test_who_goes_on_after_an_interrupted_step_loses_nothing(architecture: str) 
     finished = {output.request_id: output.outputs[0].token_ids for output in drive(llm)}
     assert finished == {"a": sampled, "c": found}
     assert not any(llm.engine.cache.pool.holders)
+
+
+@ARCHITECTURES
+def test_calls_beside_each_other_take_nothing_from_each_other(architecture: str) -> None:
+    llm = engine(architecture)
+    for i in range(3):
+        llm.add_request(str(i), prompt(i), GREEDY)
+    outputs = llm.generate([prompt(i) for i in range(5)], GREEDY, use_tqdm=False)
+    assert llm.has_unfinished_requests()
+    assert sorted(output.request_id for output in drive(llm)) == ["0", "1", "2"]
+    assert llm.step() == []
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [8] * 5
+
+
+@ARCHITECTURES
+def test_scores_are_right_when_their_prompt_was_sent_back(architecture: str) -> None:
+    model, target = tiny_model(architecture), [3 + i % 9 for i in range(40)]
+    expected = LLM.from_model(model, None, backend="native").score([prompt(1)], [target])[0]
+    blocks = 6 if architecture == "encoder_decoder" else 5
+    small = LLM.from_model(
+        model, None, backend="native", max_num_batched_tokens=2, max_num_seqs=2, kv_cache_memory_bytes=blocks * 8192
+    )
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    small.add_request("first", prompt(0), params, priority=-1)
+    small.step()
+    assert small.score([prompt(1)], [target])[0] == expected
+    assert small.get_metrics().num_preemptions > 0
+
+
+def test_a_callable_may_abort_its_own_request() -> None:
+    llm = engine("decoder_only")
+
+    def give_up(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output) == 2:
+            llm.abort("a")
+        return logits
+
+    llm.add_request(
+        "a", prompt(0), SamplingParams(temperature=0, max_tokens=9, logits_processors=[give_up], ignore_eos=True)
+    )
+    llm.add_request("b", prompt(1), GREEDY)
+    finished = {output.request_id: output.outputs[0].finish_reason for output in drive(llm)}
+    assert finished == {"a": "abort", "b": "length"}
+    assert not any(llm.engine.cache.pool.holders)
