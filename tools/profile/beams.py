@@ -120,5 +120,11 @@ def measure_cache(case: Case, precision: str, prompts: Rows, folder: Path, optio
             cells = named(case, precision, beams, "tandem's cache")
             cells |= {"source blocks": held["sources"], "source MiB": held["sources"] * held["bytes"] / 2**20}
             report.add({**cells, "other blocks": held["all"] - held["sources"], "% others": 100 * held["others"]})
-    if len(set(found)) > 1:
-        report.failures.append(f"{case.shape}, {precision}: wider searches hold more of their sources: {found} blocks")
+    report.failures += uneven(f"{case.shape}, {precision}", found)
+
+
+def uneven(where: str, blocks: list[int]) -> list[str]:
+    """What is wrong where searches of different widths hold different numbers of blocks for the same sources."""
+    if len(set(blocks)) == 1:
+        return []
+    return [f"{where}: wider searches hold more of their sources: {', '.join(map(str, blocks))} blocks"]

@@ -102,7 +102,7 @@ class Serving:
                 self.take_turn(server, rate)
                 if i == rounds - 1:
                     self.report.add(self.row(server, servers[0], rate))
-        self.report.failures += self.failures([at_once, *servers])
+        self.report.failures += failures(f"{self.name}, {self.precision}", [at_once, *servers])
 
     def servers(self) -> list[Server]:
         own = Contender("tandem", self.precision)
@@ -161,17 +161,6 @@ class Serving:
             if alone != run.tokens[i]:
                 self.report.failures.append(f"{self.name}, {self.precision}: request {i} gets other tokens alone")
 
-    def failures(self, servers: list[Server]) -> list[str]:
-        """Of ours: what could not be run, and tokens that change with the batch."""
-        where, found = f"{self.name}, {self.precision}", []
-        ours = [server for server in servers if server.contender.who == "tandem"]
-        for server in ours:
-            if server.failed:
-                found.append(f"{where}: {server.label} could not be measured: {server.failed}")
-            if any(run.tokens != ours[0].runs[0].tokens for run in server.runs):
-                found.append(f"{where}: {server.label}'s tokens depend on when requests arrive")
-        return found
-
     def row(self, server: Server, ours: Server, rate: float | None) -> dict[str, Cell]:
         """Medians over the rounds; None where there are none, and the note says why."""
         row: dict[str, Cell] = {"shape": self.name, "precision": server.contender.precision}
@@ -185,3 +174,15 @@ class Serving:
             figures = [run.figures() for run in server.runs]
             row |= {name: median(each[name] for each in figures) for name in figures[0]}
         return {**row, "note": server.failed}
+
+
+def failures(where: str, servers: list[Server]) -> list[str]:
+    """Of ours: what could not be run, and tokens that change with the batch."""
+    found = []
+    ours = [server for server in servers if server.contender.who == "tandem"]
+    for server in ours:
+        if server.failed:
+            found.append(f"{where}: {server.label} could not be measured: {server.failed}")
+        if any(run.tokens != ours[0].runs[0].tokens for run in server.runs):
+            found.append(f"{where}: {server.label}'s tokens depend on when requests arrive")
+    return found
