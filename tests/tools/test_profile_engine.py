@@ -11,21 +11,15 @@ import pytest
 
 from models import checkpoint
 from models.layers import Linear
-from tests.tools.profiling import options
+from tests.tools.profiling import GPT2, T5, options
 from tools.profile import ceilings, checkpoints, compare, engine, plot, workers
 from tools.profile.__main__ import command
-from tools.profile.checkpoints import Shape, make_checkpoint
+from tools.profile.checkpoints import make_checkpoint
 from tools.profile.engine_field import Case, Contender, Field, Sample, Samples
 from tools.profile.engine_limit import Limit, Model, Rates
 from tools.profile.engine_rows import SHARES, best_peer, rows_of, shares
 from tools.profile.engine_tokens import TRUSTED, failures_of
 
-GPT2 = Shape(
-    "gpt2", {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 300, "n_positions": 64, "initializer_range": 0.5}
-)
-T5 = Shape(
-    "t5", {"num_layers": 1, "d_model": 32, "d_ff": 64, "num_heads": 2, "d_kv": 16, "vocab_size": 300}, seq2seq=True
-)
 RATES = Rates(fp32=1e10, int8=8e10)
 CASE = Case("tiny", prompt=5, beams=1, batch=2, new_tokens=8)
 OURS = Contender("tandem", "fp32")
@@ -198,7 +192,7 @@ def test_reading_is_measured_with_as_many_bytes_as_the_weights_have(monkeypatch:
 
 
 def test_the_shapes_are_the_published_models() -> None:
-    assert set(checkpoints.SHAPES) == {"gpt2", "t5-base", "marian"}
+    assert set(checkpoints.SHAPES) == {"gpt2", "t5-base", "t5-small", "marian"}
     marian = checkpoints.SHAPES["marian"]
     assert marian.special["<pad>"] == marian.config["vocab_size"] - 1
 

@@ -17,8 +17,9 @@ from tools.profile.ceilings import DTYPES
 from tools.profile.options import MODES, PRECISIONS, Options, known, listed, number, numbers
 
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report, which prints its
-# rows as they are measured. OPTIONS are those of SOME that it takes, and "shape"
-# where run() reads the shapes' names itself, and has others than SHAPES; MODES, if there, are fewer than all.
+# rows as they are measured. OPTIONS are those of SOME that it takes, and "shape" where run() reads the shapes' names
+# itself, and has others than SHAPES; MODES, if there, are fewer than all; WORKLOADS, if there, are more operations, of
+# which --workload chooses one.
 NAMES = (
     "attention", "paged_attention", "linear", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy",
     "sampling", "load", "train", "engine",
@@ -31,6 +32,10 @@ SOME = (
     "precision",
     "prompt",
     "beams",
+    "workload",
+    "requests",
+    "rounds",
+    "max_num_seqs",
     "plot",
     "peer_python",
 )  # options that not every operation takes
@@ -47,7 +52,7 @@ def main(arguments: list[str]) -> int:
         return tuning(parsed)
     if parsed.operation is None:
         raise ValueError(f"say what to measure: one of {', '.join(OPERATIONS)}")
-    operation = load(parsed.operation)
+    operation = load(parsed.operation, parsed.workload)
     options = read(parsed, operation)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
@@ -86,9 +91,13 @@ def tuning(parsed: argparse.Namespace) -> int:
     return 1 if report.failures else 0
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, workload: str) -> ModuleType:
     known("operation", [name], OPERATIONS)
-    return import_module(OPERATIONS[name])
+    operation = import_module(OPERATIONS[name])
+    if workload and (workloads := getattr(operation, "WORKLOADS", {})):
+        known("workload", [workload], workloads)
+        return import_module(workloads[workload])
+    return operation
 
 
 def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
@@ -99,7 +108,8 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
         raise ValueError(f"--seconds must be a positive number, got {parsed.seconds}")
     for option in SOME:
         if getattr(parsed, option) and option not in operation.OPTIONS:
-            raise ValueError(f"{parsed.operation} takes no --{option.replace('_', '-')}")
+            workload = f"'s {parsed.workload or 'decode'}" if "workload" in operation.OPTIONS else ""
+            raise ValueError(f"{parsed.operation}{workload} takes no --{option.replace('_', '-')}")
     writable("--json", parsed.json)
     writable("--plot", parsed.plot)
     if parsed.plot:
@@ -115,7 +125,10 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
         dtypes=[DTYPES[name] for name in known("dtype", listed(parsed.dtype), DTYPES)],
         precisions=known("precision", listed(parsed.precision), PRECISIONS),
         prompt=number("--prompt", parsed.prompt) or Options.prompt,
-        beams=number("--beams", parsed.beams) or Options.beams,
+        beams=number("--beams", parsed.beams),
+        requests=number("--requests", parsed.requests) or Options.requests,
+        rounds=number("--rounds", parsed.rounds),
+        max_num_seqs=number("--max-num-seqs", parsed.max_num_seqs) or Options.max_num_seqs,
         seconds=parsed.seconds,
         json=parsed.json,
         peer_python=parsed.peer_python or sys.executable,
@@ -160,6 +173,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", default="", metavar="N", help="tokens of a prompt or source (engine)")
     parser.add_argument("--beams", default="", metavar="N", help="width of a beam search (engine); greedy by default")
+    parser.add_argument(
+        "--workload", default="", metavar="NAME", help="of engine: decode (the default), serving, beams or copying"
+    )
+    parser.add_argument("--requests", default="", metavar="N", help="how many come (serving); 256 by default")
+    parser.add_argument("--rounds", default="", metavar="N", help="to take medians of (serving, beams, copying)")
+    parser.add_argument("--max-num-seqs", default="", metavar="N", help="of ours (serving); 64 by default")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; torch's by default")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
     parser.add_argument("--peer-python", metavar="PATH", help="Python of peers (load, engine)")

@@ -28,6 +28,7 @@ SHAPES = {
     "t5-base": Shape(
         "t5", {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}, seq2seq=True
     ),
+    "t5-small": Shape("t5", {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}, seq2seq=True),
     "marian": Shape(  # of OPUS-MT, whose last token is the padding that a target starts with
         "marian",
         {

@@ -6,9 +6,8 @@ difference is decoding alone, the first token the prompt's or source's share. No
 
 from __future__ import annotations
 
-import random
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from tools.profile.engine_limit import Limit, Model, Rates
 from tools.profile.engine_rows import KEYS, MEASURE, rows_of
 from tools.profile.engine_tokens import failures_of
 from tools.profile.options import Options
+from tools.profile.prompts import random_prompts
 from tools.profile.report import Report
 from tools.profile.workers import run_once
 
@@ -29,16 +29,17 @@ PRECISIONS = {
     "openvino": ("fp32", "int8", "int4"),
 }
 PEERS = tuple(PRECISIONS)[1:]
-OPTIONS = ("shape", "batch", "precision", "prompt", "beams", "plot", "peer_python")
+OPTIONS = ("workload", "shape", "batch", "precision", "prompt", "beams", "plot", "peer_python")
+# Each an operation too, with options of its own; the first is this one.
+WORKLOADS = {"decode": __name__} | {name: f"tools.profile.{name}" for name in ("serving", "beams", "copying")}
 BATCHES = [1, 8, 32]
 NEW_TOKENS, ROUNDS = 64, 5
 
 
 def run(options: Options) -> Report:
-    names, peers = options.shapes or list(SHAPES), options.against or []
+    names = options.shapes or list(SHAPES)
     check_shapes(names)
-    for who in ("tandem", *peers):  # one that is not there should not wait for a model to be made
-        run_once(Field.WORKER, options.peer_python, who)
+    check_contenders(options)
     rates = Rates.measure()
     report = Report("engine", KEYS, MEASURE, ceilings=rates.cells(), path=options.json)
     report.start()
@@ -54,19 +55,31 @@ def check_shapes(names: Iterable[str]) -> None:
             raise ValueError(f"unknown shape {name!r}: choose from {', '.join(SHAPES)}, or give a checkpoint's path")
 
 
+def check_contenders(options: Options) -> None:
+    """One that is not there should not wait for a model to be made."""
+    for who in ("tandem", *(options.against or [])):
+        run_once(Field.WORKER, options.peer_python, who)
+
+
+def folder_of(name: str, scratch: Path) -> Path:
+    """Where the checkpoint is that a shape's name, or a path, stands for: made first, if it is a shape."""
+    if name not in SHAPES:
+        return Path(name).absolute()
+    make_checkpoint(SHAPES[name], folder := scratch / "model")
+    return folder
+
+
 def measure_shape(name: str, scratch: Path, rates: Rates, options: Options, report: Report) -> None:
-    folder = Path(name).absolute()
-    if name in SHAPES:
-        make_checkpoint(SHAPES[name], folder := scratch / "model")
+    folder = folder_of(name, scratch)
     model = Model.read(folder)
     limit = Limit.measure(model, rates, {contender.precision for contender in contenders(options)})
-    batches = options.batches or BATCHES
-    field = Field(model.seq2seq, torch.get_num_threads(), options.beams, max(batches), options.peer_python)
+    batches, beams = options.batches or BATCHES, options.beams or 1
+    field = Field(model.seq2seq, torch.get_num_threads(), beams, max(batches), options.peer_python)
     try:
         for contender in contenders(options):
             field.enter(contender, folder, scratch)
         for batch in batches:
-            case = Case(Path(name).name, options.prompt, options.beams, batch, NEW_TOKENS)
+            case = Case(Path(name).name, options.prompt, beams, batch, NEW_TOKENS)
             samples = field.measure(make_prompts(case, model.vocab_size), NEW_TOKENS, ROUNDS)
             for row in rows_of(case, field, samples, limit):
                 report.add(row)
@@ -75,10 +88,10 @@ def measure_shape(name: str, scratch: Path, rates: Rates, options: Options, repo
         field.close()
 
 
-def contenders(options: Options) -> list[Contender]:
+def contenders(options: Options, default: Sequence[str] = ("fp32", "int8")) -> list[Contender]:
     """By precision; OpenVINO's compressed weights meet activations of both precisions that it has for them."""
     found = []
-    for precision in options.precisions or ("fp32", "int8"):
+    for precision in options.precisions or default:
         for who in ("tandem", *(options.against or [])):
             if precision in PRECISIONS[who]:
                 found.append(Contender(who, precision))
@@ -88,6 +101,4 @@ def contenders(options: Options) -> list[Contender]:
 
 
 def make_prompts(case: Case, vocab_size: int) -> Rows:
-    """Random tokens from the middle of the vocabulary, whose ends are for special ones."""
-    draw, third = random.Random(0), vocab_size // 3
-    return [[draw.randrange(third, 2 * third) for _ in range(case.prompt)] for _ in range(case.batch)]
+    return random_prompts([case.prompt] * case.batch, vocab_size)

@@ -102,25 +102,29 @@ class Field:
 
     WORKER, EXPORTER = (Path(__file__).with_name(f"engine_{name}.py") for name in ("worker", "export"))
 
-    def __init__(self, seq2seq: bool, threads: int, beams: int, sequences: int, peer_python: str) -> None:
+    def __init__(
+        self, seq2seq: bool, threads: int, beams: int, sequences: int, peer_python: str, worker: Path = WORKER
+    ) -> None:
         self.settings = {"threads": threads, "seq2seq": seq2seq, "beams": beams, "sequences": sequences}
-        self.peer_python = peer_python
+        self.peer_python, self.worker = peer_python, worker
         self.contenders: list[Contender] = []
         self.workers: dict[Contender, Worker] = {}
         self.failed: dict[Contender, str] = {}
 
     def enter(self, contender: Contender, folder: Path, scratch: Path) -> None:
-        """Exports the model for the contender, where it needs that, and starts its process."""
+        """Starts the contender's process, for all rounds to come."""
         self.contenders.append(contender)
         try:
-            own = self._exported(contender, folder, scratch)
-            of_its_own = {"folder": str(own), "precision": contender.precision, "hint": contender.hint}
-            python = python_of(contender.who, self.peer_python)
-            self.workers[contender] = Worker(
-                self.WORKER, python, contender.who, json.dumps({**self.settings, **of_its_own})
-            )
+            self.workers[contender] = self.start(contender, folder, scratch)
         except WorkerError as error:
             self.failed[contender] = str(error)
+
+    def start(self, contender: Contender, folder: Path, scratch: Path) -> Worker:
+        """A process of the contender, the model exported for it where it needs that. Raises WorkerError."""
+        own = self._exported(contender, folder, scratch)
+        of_its_own = {"folder": str(own), "precision": contender.precision, "hint": contender.hint}
+        python = python_of(contender.who, self.peer_python)
+        return Worker(self.worker, python, contender.who, json.dumps({**self.settings, **of_its_own}))
 
     def _exported(self, contender: Contender, folder: Path, scratch: Path) -> Path:
         if contender.who in ("tandem", "transformers"):

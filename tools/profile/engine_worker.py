@@ -22,6 +22,7 @@ PACKAGES = {
     "tandem": "engine", "transformers": "transformers", "ctranslate2": "ctranslate2", "openvino": "optimum.intel",
 }  # fmt: skip
 Rows = list[list[int]]
+Answer = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class Tandem:
 
         quantized = {} if settings.precision == "fp32" else {"quantization": settings.precision}
         sequences = settings.sequences * settings.beams
-        self.llm = LLM(settings.folder, num_threads=settings.threads, max_num_seqs=sequences, **quantized)
+        # The same prompts come round after round: what the cache knows of them would spare us work that others do.
+        self.llm = LLM(
+            settings.folder, num_threads=settings.threads, max_num_seqs=sequences, enable_prefix_caching=False,
+            **quantized,
+        )  # fmt: skip
         self.beams = settings.beams
 
     def generate(self, prompts: Rows, new_tokens: int) -> Rows:
@@ -80,13 +85,29 @@ class Generator:
     def generate(self, prompts: Rows, new_tokens: int) -> Rows:
         import torch
 
-        ids = torch.tensor(prompts)
+        ids, mask = self._padded(prompts)
         with torch.inference_mode():
             tokens = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-                num_beams=self.settings.beams, do_sample=False, pad_token_id=self.model.config.pad_token_id or 0,
+                ids, attention_mask=mask, min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+                num_beams=self.settings.beams, do_sample=False, pad_token_id=self._pad,
             )  # fmt: skip
         return tokens[:, -new_tokens:].tolist()
+
+    @property
+    def _pad(self) -> int:
+        return self.model.config.pad_token_id or 0
+
+    def _padded(self, prompts: Rows) -> tuple[Any, Any]:
+        """The prompts side by side, and a mask of what is theirs: sources begin together, decoders' prompts end so."""
+        import torch
+
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._pad)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            own = slice(len(prompt)) if self.settings.seq2seq else slice(width - len(prompt), width)
+            ids[i, own], mask[i, own] = torch.tensor(prompt), 1
+        return ids, mask
 
 
 class Transformers(Generator):
@@ -166,6 +187,7 @@ CONTENDERS: dict[str, Callable[[Settings], Any]] = {
 
 
 def answer(contender: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """What a request comes to, as the module says."""
     prompts = request["prompts"]
     if "check" in request:
         return {"check": contender.check(prompts, request["check"])}
@@ -180,7 +202,8 @@ def answer(contender: Any, request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "spent": spent, "tokens": rows}
 
 
-def main(who: str, settings: str = "") -> None:
+def main(who: str, settings: str = "", *, answer: Answer = answer) -> None:
+    """Opens the model, then answers line after line; workers of other workloads bring their own ``answer``."""
     # Libraries print as they like; what we say goes where they cannot write.
     say = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -24,7 +24,10 @@ class Options:
     dtypes: list[torch.dtype] = field(default_factory=list)
     precisions: list[str] = field(default_factory=list)  # of weights
     prompt: int = 32  # tokens
-    beams: int = 1  # 1 is greedy search
+    beams: int | None = None  # 1 is greedy search
+    requests: int = 256
+    rounds: int | None = None
+    max_num_seqs: int = 64
     seconds: float = 0.5  # for each thing timed
     json: Path | None = None
     peer_python: str = sys.executable  # what peers in processes of their own run under
