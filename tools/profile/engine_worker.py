@@ -180,6 +180,25 @@ class CTranslate2:
             rows = [result.sequences[0] for result in self.model.generate_batch(words, **length, **only)]
         return [[self.numbers[word] for word in row] for row in rows]
 
+    def generate_each(self, prompts: Rows, lengths: list[int], got: Callable[[int, int], None]) -> None:
+        """Each prompt's greedy tokens, as many as its own length; ``got`` hears of each, by prompt. A row that is
+        through leaves the batch."""
+        words = [[self.words[i] for i in prompt] for prompt in prompts]
+        left = list(lengths)
+
+        def hear(result: Any) -> bool:
+            got(result.batch_id, result.token_id)
+            left[result.batch_id] -= 1
+            return left[result.batch_id] == 0
+
+        longest = max(lengths)
+        if self.settings.seq2seq:
+            length = {"min_decoding_length": longest, "max_decoding_length": longest}
+            self.model.translate_batch(words, beam_size=1, callback=hear, **length)
+        else:
+            length = {"min_length": longest, "max_length": longest}
+            self.model.generate_batch(words, beam_size=1, include_prompt_in_result=False, callback=hear, **length)
+
 
 CONTENDERS: dict[str, Callable[[Settings], Any]] = {
     "tandem": Tandem, "transformers": Transformers, "ctranslate2": CTranslate2, "openvino": OpenVINO,

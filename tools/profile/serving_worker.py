@@ -69,7 +69,10 @@ def serve_continuously(llm: Any, traffic: Traffic) -> None:
 
 
 def serve_batches(contender: Any, traffic: Traffic, most: int) -> None:
-    """As servers without continuous batching do; ours streams meanwhile, the others' tokens come all at once."""
+    """As servers without continuous batching do.
+
+    Ours streams meanwhile, and CTranslate2's lets those go that have their tokens; transformers' come all at once.
+    """
     while traffic.coming:
         if not (batch := traffic.arrived(most)):
             traffic.rest()
@@ -77,6 +80,9 @@ def serve_batches(contender: Any, traffic: Traffic, most: int) -> None:
         longest = max(traffic.lengths[request] for request in batch)
         if hasattr(contender, "llm"):
             run_batch(contender.llm, traffic, batch, longest)
+            continue
+        if hasattr(contender, "generate_each"):
+            stream_batch(contender, traffic, batch)
             continue
         rows = contender.generate([traffic.prompts[request] for request in batch], longest)
         for request, row in zip(batch, rows, strict=True):
@@ -88,6 +94,17 @@ def run_batch(llm: Any, traffic: Traffic, batch: Iterable[int], length: int) -> 
         submit(llm, traffic, request, length)
     while llm.has_unfinished_requests():
         step(llm, traffic)
+
+
+def stream_batch(contender: Any, traffic: Traffic, batch: list[int]) -> None:
+    rows: list[list[int]] = [[] for _ in batch]
+
+    def got(place: int, token: int) -> None:
+        rows[place].append(token)
+        traffic.note(batch[place], rows[place])
+
+    prompts, lengths = ([of[request] for request in batch] for of in (traffic.prompts, traffic.lengths))
+    contender.generate_each(prompts, lengths, got)
 
 
 def submit(llm: Any, traffic: Traffic, request: int, length: int) -> None:
