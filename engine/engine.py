@@ -92,7 +92,7 @@ class Engine:
         try:
             changed = self._step()
         except BaseException:
-            self.scheduler.recover()
+            _tell(self.scheduler.recover())
             raise
         finally:
             self._stepping = False
@@ -184,11 +184,11 @@ class Engine:
         if request.scored is not None and not request.all_scored:
             add_scores(sequence, logits[start:end], self.tokenizer, self.num_threads)
             outlets.scored.append(sequence)
+            if request.only_scores and request.all_scored and sequence.finish_reason is None:
+                sequence.finish("stop")
         if sequence.num_lacking > 0 or sequence.finish_reason is not None:
             return
-        if request.only_scores:
-            sequence.finish("stop")
-        elif request.beams is not None:
+        if request.beams is not None:
             outlets.searches.setdefault(request, []).append(end - 1)
         else:
             places = range(len(sequence.draft) + 1)

@@ -138,17 +138,22 @@ class Scheduler:
             raise RuntimeError("the scheduler has requests that run and nothing for them to do")
         return schedule
 
-    def recover(self) -> None:
-        """After a step that failed on its way, which may not have written what others count on: all begin anew."""
+    def recover(self) -> list[Request]:
+        """After a step that failed on its way, which may not have written what others count on: all begin anew.
+
+        Returns those that have come to their end in it.
+        """
         self.cache.forget_all()
         for request in self.running:
             if request.beams is not None and request.beams.has_stepped:
                 request.forked = True
                 for sequence, token_ids in zip(request.sequences, request.beams.token_ids, strict=True):
                     sequence.token_ids = token_ids
+        finished = [request for request in self.running if request.finished]
         self.retire(list(self.running))
         while self.running:
             self._preempt()
+        return finished
 
     def _make_room(self) -> bool:
         """Gives all who run blocks for their tokens; returns whether others had to give way for them."""
