@@ -147,6 +147,8 @@ class Serving:
 
     def best_batch(self, worker: Worker, server: Server) -> int:
         """Of the sizes there are, the one with which some requests are served soonest when all of them are there."""
+        if len(self.batches) == 1:
+            return self.batches[0]
         trial, contender = self.requests.some(TRIAL), server.contender
         seconds = {
             size: self.served(worker, Server(contender, batch=size), trial, None).makespan for size in self.batches
