@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from engine.sampling import check_number
 from engine.speculative_config import SpeculativeConfig
 from kernels.backend import BACKENDS, choose
 from kernels.cached_attention import PAGE
@@ -42,12 +43,14 @@ class EngineOptions:
             that has none.
         max_num_batched_tokens: tokens of a step: one of each sequence that decodes, the rest of prompts and sources. A
             long prompt takes several steps, a long source a step of its own. 512, or max_num_seqs, unless given.
-        kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, 4 GiB at most.
+        kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, but on a CPU 4 GiB at most,
+            and on a GPU what gpu_memory_utilization, a share of its memory, leaves beside the weights.
         kv_cache_dtype: float32, bfloat16 or int8, the last on the native backend alone; auto: the weights' dtype, and
             bfloat16 beside quantised ones.
         block_size: tokens in a block of the cache; for native a multiple of 16.
         enable_prefix_caching: keys and values of equal beginnings, and of equal sources, are computed once.
         speculative_config: how tokens to come are guessed, a dict (``engine.speculative_config``); None: not at all.
+        enforce_eager: no graphs are captured, as there are none yet.
         batch_invariant: results must not depend on the batch; the native backend's never do, others refuse.
         tensor_parallel_size: 1, the only one there is.
         num_threads: CPU threads, torch's own unless given. seed: of the requests that bring none.
@@ -59,11 +62,13 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "auto"
     block_size: int = 16
     enable_prefix_caching: bool = True
     speculative_config: SpeculativeConfig | None = None
     batch_invariant: bool = False
+    enforce_eager: bool = False
     tensor_parallel_size: int = 1
     num_threads: int | None = None
     seed: int = 0
@@ -76,6 +81,9 @@ class EngineOptions:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, allowed))}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(field.default, float):
+                check_number(field.name, value, 0, 1, open_low=True)
+                continue
             if isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name} must be True or False, got {value!r}")
@@ -134,14 +142,21 @@ class EngineOptions:
     def step_tokens(self) -> int:
         return self.max_num_batched_tokens or max(STEP_TOKENS, self.max_num_seqs)
 
-    def num_blocks(self, config: TransformerConfig, bytes_per_block: int) -> int:
+    def num_blocks(self, config: TransformerConfig, bytes_per_block: int, device: torch.device) -> int:
         """How many blocks the cache gets, for targets and, beside them, sources."""
         a_sequence = -(-self.model_length(config) // self.block_size) * (2 if config.is_encoder_decoder else 1)
         wanted = self.max_num_seqs * a_sequence * bytes_per_block
-        memory = self.kv_cache_memory_bytes or min(wanted, CACHE_LIMIT)
+        memory = self.kv_cache_memory_bytes or min(wanted, self._most_memory(device))
         if memory < bytes_per_block:
             raise ValueError(f"kv_cache_memory_bytes {memory} holds no block of {bytes_per_block} bytes")
         return memory // bytes_per_block
+
+    def _most_memory(self, device: torch.device) -> int:
+        """Bytes that a cache gets at most where nobody says how many."""
+        if device.type != "cuda":
+            return CACHE_LIMIT
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(total * self.gpu_memory_utilization) - (total - free))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -43,7 +43,7 @@ def torch_runner(model: DecoderOnly | EncoderDecoder, options: EngineOptions) ->
     if options.kv_cache_dtype not in ("auto", str(weight.dtype).removeprefix("torch.")):
         raise ValueError(f"kv_cache_dtype is {options.kv_cache_dtype}: where torch runs the model, it is the weights'")
     per_block = TensorStorage.bytes_per_block(config, options.block_size, weight.dtype)
-    num_blocks = options.num_blocks(config, per_block)
+    num_blocks = options.num_blocks(config, per_block, weight.device)
     storage = TensorStorage(config, num_blocks, options.block_size, weight.device, weight.dtype)
     cache = KVCache(storage, options.max_num_seqs, options.model_length(config), options.enable_prefix_caching)
     return TorchRunner(model, cache, storage, None if options.backend == "auto" else options.backend)
@@ -54,7 +54,7 @@ def native_runner(model: DecoderOnly | EncoderDecoder, weights: NamedWeights, op
     config = model.config
     packed = Weights(model, weights)
     cache_format = _cache_format(config, packed, options)
-    num_blocks = options.num_blocks(config, config.depth * cache_format.layer_bytes)
+    num_blocks = options.num_blocks(config, config.depth * cache_format.layer_bytes, torch.device("cpu"))
     storage = NativeStorage(config.depth, cache_format, num_blocks)
     cache = KVCache(storage, options.max_num_seqs, options.model_length(config), options.enable_prefix_caching)
     return NativeRunner(lower(model, packed, cache_format), cache, storage, options.num_threads)
