@@ -249,7 +249,8 @@ def test_an_empty_prompt_of_a_language_model_is_refused() -> None:
      {"quantization": "int8"}, {"kv_cache_dtype": "int4"}, {"kv_cache_dtype": "int8"}, {"temperature": 1},
      {"backend": "native", "block_size": 8},
      {"gpu_memory_utilization": 0}, {"gpu_memory_utilization": 2}, {"enforce_eager": 1}, {"tensor_parallel_size": 2},
-     {"batch_invariant": True, "backend": "torch"}, {"num_threads": 10**8}, {"seed": [1]}, {"kv_cache_memory_bytes": 10**18}],
+     {"batch_invariant": True, "backend": "torch"}, {"num_threads": 10**8}, {"seed": [1]},
+     {"kv_cache_memory_bytes": 10**18}],
 )  # fmt: skip
 def test_an_engine_that_cannot_be_is_a_sentence(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\w+ .*"):
