@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -23,6 +24,10 @@ def main(output: Path, arguments: list[str]) -> None:
     if own.is_main:
         gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
         torch.save({"gradients": gradients, "tokens": tokens, "loss": total}, output)
+    # Nothing that has threads of the group's may outlive it, here or on the other rank.
+    del trainer, batches
+    gc.collect()
+    own.barrier()
     distributed.finish()
 
 
