@@ -10,20 +10,12 @@ import pytest
 
 from models.text_stream import LONGEST_WINDOW, clean_up
 from models.tokenizer import TextStream, Tokenizer, train_vocabulary
-from tests.models.tokenizer_folders import FAMILIES, LINES, TEXTS
-
-OUR_OWN = ("char", "word", "bpe")
+from tests.models.tokenizer_folders import FAMILIES, KINDS, LINES, TEXTS, tokenizer_of
 
 
-@pytest.fixture(scope="module", params=[*OUR_OWN, *FAMILIES])
+@pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    if request.param in OUR_OWN:
-        return Tokenizer(train_vocabulary(request.param, LINES, 400))
-    folder = tmp_path_factory.mktemp(request.param)
-    FAMILIES[request.param](folder)
-    loaded = Tokenizer.load(folder)
-    assert loaded is not None
-    return loaded
+    return tokenizer_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def streamed(tokenizer: Tokenizer, chunks: list[list[int]], skip_special_tokens: bool = True) -> list[str]:

@@ -13,20 +13,12 @@ from models.gguf.file import GgufFile
 from models.gguf.vocabulary import read_vocabulary
 from models.tokenizer import Tokenizer, train_vocabulary
 from tests.models.gguf_files import smollm2
-from tests.models.tokenizer_folders import FAMILIES, LINES
-
-OUR_OWN = ("char", "word", "bpe")
+from tests.models.tokenizer_folders import FAMILIES, KINDS, LINES, tokenizer_of
 
 
-@pytest.fixture(scope="module", params=[*OUR_OWN, *FAMILIES])
+@pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    if request.param in OUR_OWN:
-        return Tokenizer(train_vocabulary(request.param, LINES, 400))
-    folder = tmp_path_factory.mktemp(request.param)
-    FAMILIES[request.param](folder)
-    loaded = Tokenizer.load(folder)
-    assert loaded is not None
-    return loaded
+    return tokenizer_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def assert_adds_up(tokenizer: Tokenizer, token_ids: list[int]) -> None:

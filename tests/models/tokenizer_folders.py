@@ -12,6 +12,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from models.tokenizer import Tokenizer, train_vocabulary
 from models.vocabularies.language_codes import M2M100, NLLB
 
 LINES = [
@@ -186,3 +187,17 @@ FAMILIES = {
     "marian_separate": functools.partial(marian, separate=True),
     "mt5": functools.partial(t5, byte_fallback=True, size=500),
 }  # fmt: skip
+
+
+OUR_OWN = ("char", "word", "bpe")
+KINDS = (*OUR_OWN, *FAMILIES)
+
+
+def tokenizer_of(kind: str, folder: Path) -> Tokenizer:
+    """One of our own vocabularies, or a family's, whose files are written into the folder."""
+    if kind in OUR_OWN:
+        return Tokenizer(train_vocabulary(kind, LINES, 400))  # type: ignore[arg-type]
+    FAMILIES[kind](folder)
+    loaded = Tokenizer.load(folder)
+    assert loaded is not None
+    return loaded
