@@ -13,31 +13,30 @@ Table = NDArray[np.int32]
 Indices = NDArray[np.int64]
 
 
-NONE: Indices = np.empty(0, dtype=np.int64)
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Tokens of some sequences, from ``starts`` on, ``counts`` of each; the last ``wanted`` of each give logits.
 
     Attributes:
-        rows: int64 (sequences,), of the cache's tables. starts, counts, wanted: int32 (sequences,).
-        token_ids: int64 (tokens,), a sequence's side by side, in the order of ``rows``.
+        tokens: int32 (rows, positions), the table of all tokens. rows: int64 (sequences,), of the table.
+        starts, counts, wanted: int32 (sequences,).
     """
 
+    tokens: Table
     rows: Indices
     starts: Table
     counts: Table
     wanted: Table
-    token_ids: Indices
 
     @classmethod
     def of(cls, tokens: Table, rows: list[int], starts: list[int], counts: list[int], wanted: list[int]) -> Batch:
-        """Takes the token ids from ``tokens``, int32 (rows, positions)."""
         columns = np.array((starts, counts, wanted), dtype=np.int32)
-        batch = cls(np.array(rows, dtype=np.int64), columns[0], columns[1], columns[2], NONE)
-        batch.token_ids = tokens[batch.rows_of_tokens, batch.positions].astype(np.int64)
-        return batch
+        return cls(tokens, np.array(rows, dtype=np.int64), columns[0], columns[1], columns[2])
+
+    @cached_property
+    def token_ids(self) -> Indices:
+        """int64 (tokens,), a sequence's side by side, in the order of ``rows``."""
+        return self.tokens[self.rows_of_tokens, self.positions].astype(np.int64)
 
     @cached_property
     def ends(self) -> Table:
@@ -69,11 +68,12 @@ class Batch:
 
     def slices(self, most: int) -> Iterator[Batch]:
         """The batch in pieces of ``most`` tokens."""
-        if len(self.token_ids) <= most:
+        total = int(self.offsets[-1])
+        if total <= most:
             yield self
             return
-        for begin in range(0, len(self.token_ids), most):
-            yield self._between(begin, min(begin + most, len(self.token_ids)))
+        for begin in range(0, total, most):
+            yield self._between(begin, min(begin + most, total))
 
     def _between(self, begin: int, end: int) -> Batch:
         """The tokens from ``begin`` to ``end``."""
@@ -83,7 +83,7 @@ class Batch:
         counts = (last - first)[part]
         starts = (self.starts + first - self.offsets[:-1])[part]
         wanted = np.clip(last - (self.offsets[1:] - self.wanted), 0, last - first)[part]
-        return Batch(self.rows[part], starts, counts, wanted, self.token_ids[begin:end])
+        return Batch(self.tokens, self.rows[part], starts, counts, wanted)
 
 
 def _offsets(counts: Table) -> Table:

@@ -84,10 +84,6 @@ class BeamSearch:
         self.done = False
 
     @property
-    def has_stepped(self) -> bool:
-        return self.length > self.num_prompt
-
-    @property
     def length(self) -> int:
         """Of the running beams, prompt included."""
         return len(self.token_ids[0])

@@ -32,10 +32,6 @@ class DiverseBeamSearch:
         self.num_candidates = self.groups[0].num_candidates + params.beam_width
 
     @property
-    def has_stepped(self) -> bool:
-        return self.length > self.num_prompt
-
-    @property
     def length(self) -> int:
         return len(self.token_ids[0])
 

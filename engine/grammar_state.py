@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,17 +48,17 @@ class GrammarState:
         token_ids: those accepted.
     """
 
-    def __init__(self, grammar: CompiledGrammar, matcher: Any, token_ids: Sequence[int] = (), spent: float = 0) -> None:
+    def __init__(self, grammar: CompiledGrammar, matcher: Any) -> None:
         self.grammar, self._vocabulary, self._matcher = grammar, grammar.vocabulary, matcher
-        self.token_ids, self._spent = list(token_ids), spent
+        self.token_ids: list[int] = []
+        self._spent = 0.0
 
     def fill_mask(self, mask: Mask) -> None:
         """Sets bit i % 32 of word i // 32 where token i may come next, and clears all others.
 
         The bits of end tokens are set where the text may end. ``mask`` is int32 (ceil(vocab_size / 32),), contiguous.
         Raises GrammarError where no token may follow: behind an end token, and where the vocabulary cannot spell what
-        the grammar wants. Raises
-        AmbiguousGrammarError once matching has taken more than a second and 20 ms a token.
+        the grammar wants; AmbiguousGrammarError once matching has taken more than a second and 20 ms a token.
         """
         if mask.shape != self._vocabulary.anywhere.shape or mask.dtype != np.int32:
             raise ValueError(f"a mask must be int32 {self._vocabulary.anywhere.shape}, got {mask.dtype} {mask.shape}")
@@ -87,18 +87,6 @@ class GrammarState:
         mask = np.empty_like(self._vocabulary.anywhere)
         self._fill(mask)
         return not (mask & ~self._vocabulary.ends).any()
-
-    def rollback(self, count: int) -> None:
-        """Takes back the last ``count`` tokens. Raises ValueError for more than there are."""
-        if not 0 <= count <= len(self.token_ids):
-            raise ValueError(f"cannot take back {count} tokens of {len(self.token_ids)}")
-        if count:
-            self._matcher.rollback(count)
-            del self.token_ids[-count:]
-
-    def fork(self) -> GrammarState:
-        """A copy that goes its own way."""
-        return GrammarState(self.grammar, self._matcher.fork(), self.token_ids, self._spent)
 
     def _fill(self, mask: Mask) -> None:
         mask[:] = -1  # the library leaves a mask alone that would be all ones

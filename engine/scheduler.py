@@ -145,7 +145,7 @@ class Scheduler:
         """
         self.cache.forget_all()
         for request in self.running:
-            if request.beams is not None and request.beams.has_stepped:
+            if request.beams is not None and request.beams.length > request.num_prompt:
                 request.forked = True
                 for sequence, token_ids in zip(request.sequences, request.beams.token_ids, strict=True):
                     sequence.token_ids = token_ids

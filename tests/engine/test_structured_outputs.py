@@ -212,18 +212,18 @@ def test_the_end_token_is_allowed_where_the_text_may_end(byte_level: tuple[Token
     tokenizer, _ = byte_level
     ends = [tokenizer.eos_id, tokenizer.target_vocab_size + 3]
     grammars = GrammarCompiler(tokenizer, tokenizer.target_vocab_size + 5, [*ends, 10**6])  # type: ignore[list-item]
-    state = grammars.compile(StructuredOutputsParams(regex="ab*")).state()
-    assert not set(ends) & set(allowed(state)) and not state.finished
-    state.accept(tokenizer.encode_target("a")[0])
-    assert set(ends) < set(allowed(state)) and not state.finished
+    grammar = grammars.compile(StructuredOutputsParams(regex="ab*"))
     for end in ends:
-        fork = state.fork()
-        fork.accept(end)  # type: ignore[arg-type]
-        assert fork.finished
+        state = grammar.state()
+        assert not set(ends) & set(allowed(state)) and not state.finished
+        state.accept(tokenizer.encode_target("a")[0])
+        assert set(ends) < set(allowed(state)) and not state.finished
+        state.accept(end)  # type: ignore[arg-type]
+        assert state.finished
         with pytest.raises(GrammarError, match="end token"):
-            allowed(fork)
+            allowed(state)
         with pytest.raises(GrammarError, match="does not allow"):
-            fork.accept(end)  # type: ignore[arg-type]
+            state.accept(end)  # type: ignore[arg-type]
 
 
 def test_a_model_without_an_end_token_is_told_that_it_has_finished(
@@ -237,37 +237,6 @@ def test_a_model_without_an_end_token_is_told_that_it_has_finished(
     assert state.finished
     with pytest.raises(GrammarError, match="no token"):
         allowed(state)
-
-
-def test_tokens_are_taken_back(byte_level: tuple[Tokenizer, GrammarCompiler]) -> None:
-    grammar = byte_level[1].compile(StructuredOutputsParams(regex="[a-z]+( [a-z]+)*"))
-    ids = walk(grammar, random.Random(3), 60)
-    assert ids is not None and len(ids) > 4
-    state, masks = grammar.state(), []
-    for token_id in ids:
-        masks.append(allowed(state))
-        state.accept(token_id)
-    for count in (1, 3, 0, len(ids) - 4):
-        state.rollback(count)
-        assert state.token_ids == ids[: len(state.token_ids)]
-        if len(state.token_ids) < len(ids):
-            assert allowed(state) == masks[len(state.token_ids)]
-    assert state.token_ids == []
-    with pytest.raises(ValueError, match="cannot take back"):
-        state.rollback(1)
-
-
-def test_a_fork_goes_its_own_way(byte_level: tuple[Tokenizer, GrammarCompiler]) -> None:
-    tokenizer, grammars = byte_level
-    a, b, c = (tokenizer.encode_target(letter)[0] for letter in "abc")
-    state = grammars.compile(StructuredOutputsParams(regex="a(bc|cb)")).state()
-    state.accept(a)
-    fork = state.fork()
-    state.accept(b)
-    fork.accept(c)
-    assert allowed(state) == [c] and allowed(fork) == [b]
-    fork.rollback(2)
-    assert a in allowed(fork) and state.token_ids == [a, b]
 
 
 def test_a_token_that_is_not_allowed_changes_nothing(byte_level: tuple[Tokenizer, GrammarCompiler]) -> None:
