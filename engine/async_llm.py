@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ class AsyncLLM:
     def __init__(self, model: Any, **options: Any) -> None:
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._mailboxes: dict[str, _Mailbox] = {}
-        self._inbox: deque[tuple[str, Request | str]] = deque()  # what to do, with which request or id
+        self._inbox: deque[Callable[[], None]] = deque()  # what to do between two steps
         self._added: dict[Request, None] = {}  # those that may be running
         self._work = threading.Condition()
         self._stopped: EngineDeadError | None = None
@@ -98,11 +98,11 @@ class AsyncLLM:
         finally:
             self._mailboxes.pop(request.request_id, None)
             if not finished:
-                self._send("abort", request)
+                self._send(partial(self.llm.engine.abort, request))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request and frees what it holds; who iterates over it gets what there is, as aborted."""
-        self._send("abort", request_id)
+        self._send(partial(self.llm.abort, request_id))
 
     def get_metrics(self) -> EngineMetrics:
         """As ``LLM.get_metrics``; it does not wait for a step to end."""
@@ -133,13 +133,13 @@ class AsyncLLM:
         if request.request_id in self._mailboxes:
             raise ValueError(f"a request {request.request_id!r} is in progress already")
         self._mailboxes[request.request_id] = mailbox
-        self._send("add", request)
+        self._send(partial(self._add, request))
         if self._stopped is not None:  # meanwhile
             mailbox.put(self._stopped)
 
-    def _send(self, what: str, which: Request | str) -> None:
+    def _send(self, action: Callable[[], None]) -> None:
         with self._work:
-            self._inbox.append((what, which))
+            self._inbox.append(action)
             self._work.notify()
 
     def _serve(self) -> None:
@@ -162,14 +162,9 @@ class AsyncLLM:
 
     def _read_inbox(self) -> None:
         while self._inbox and self._stopped is None:
-            what, which = self._inbox.popleft()
+            action = self._inbox.popleft()
             with self.llm.lock:
-                if isinstance(which, str):
-                    self.llm.abort(which)
-                elif what == "abort":
-                    self.llm.engine.abort(which)
-                else:
-                    self._add(which)
+                action()
 
     def _add(self, request: Request) -> None:
         mailbox = self._mailboxes.get(request.request_id)

@@ -42,7 +42,7 @@ def _cut_at_stop_string(sequence: Sequence, before: int) -> None:
     params = sequence.request.params
     if len(sequence.token_ids) - sequence.num_prompt <= params.min_tokens:
         return
-    # What was there before held none; only its end may be the beginning of one.
+    # What was there before has been looked at, or came before min_tokens; its end may be the beginning of one.
     found = [(sequence.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in params.stop_strings]
     if not (hits := [(at, stop) for at, stop in found if at >= 0]):
         return

@@ -13,6 +13,7 @@ from engine.batch import Batch, Table
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
 from engine.grammar_masks import accept_token, masks_of
+from engine.grammar_state import GrammarError
 from engine.kv_cache import Source
 from engine.logits_processors import process_logits
 from engine.logits_rules import RuleColumns
@@ -265,7 +266,11 @@ class Engine:
             return
         if sequence.request.params.logprobs is not None:
             sequence.add_logprobs(token_id, result, row, self.tokenizer)
-        is_complete = accept_token(sequence, token_id)
+        try:
+            is_complete = accept_token(sequence, token_id)
+        except GrammarError as refused:  # what its own mask has allowed
+            sequence.finish("error", error=str(refused))
+            return
         sequence.token_ids.append(token_id)
         deliver(sequence, token_id, is_complete)
 

@@ -227,7 +227,7 @@ class LLM:
                 self.reader.checked_ids([value], target=True)
             elif name.endswith("_ids"):
                 self.reader.checked_ids(value, target=True)
-        self.reader.generation = dataclasses.replace(self.reader.generation, **changes)
+        self.reader.set_generation(dataclasses.replace(self.reader.generation, **changes))
 
     def set_languages(self, source: str | None = None, target: str | None = None) -> None:
         """Chooses the languages of a model of many for the requests to come, by its tokenizer's codes.
@@ -356,8 +356,7 @@ class LLM:
         for request in requests:
             request.on_change = count
         with self._queued(sorted(requests, key=_hoped_length, reverse=True)):
-            while remaining:
-                self._step_for(remaining)
+            while self._step_for(remaining):
                 show(finished)
 
     @contextlib.contextmanager
@@ -375,11 +374,13 @@ class LLM:
                 for request in requests:
                     self.engine.abort(request)
 
-    def _step_for(self, requests: Iterable[Request]) -> None:
-        """A step of the engine, unless another call's steps have finished these requests meanwhile."""
+    def _step_for(self, requests: Iterable[Request]) -> bool:
+        """A step of the engine; False: there was none, as all of these requests are finished, perhaps by others'."""
         with self.lock:
-            if any(not request.finished for request in requests):
-                self.engine.step()
+            if all(request.finished for request in requests):
+                return False
+            self.engine.step()
+            return True
 
 
 def _check_vocabulary(tokens: int, rows: int) -> None:

@@ -31,6 +31,10 @@ class PromptReader:
         self.max_model_len = max_model_len
         self._compiler: GrammarCompiler | None = None
 
+    def set_generation(self, generation: GenerationConfig) -> None:
+        """Of the requests to come."""
+        self.generation, self._compiler = generation, None  # grammars know the end tokens
+
     def request(self, request_id: str, prompt: Prompt, params: SamplingParams, seed: int) -> Request:
         """The request for a prompt, with its ``n`` sequences; sample i draws from ``seed + i``."""
         self._check_params(params)

@@ -102,6 +102,7 @@ def test_what_cannot_run_is_a_sentence_and_harms_nobody(served: AsyncLLM) -> Non
             with pytest.raises(ValueError, match=r"\w+ \w+"):
                 async for _ in served.generate(bad, LONG):  # type: ignore[arg-type]
                     pass
+        await served.abort(5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="priority"):
             await collect(served, 1, priority=2**40)
         first = asyncio.create_task(collect(served, 3, request_id="same"))

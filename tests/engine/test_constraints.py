@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from engine import LLM, BeamSearchParams, SamplingParams
+from engine.engine import NOTHING_LEFT
+from kernels.sampling import SamplingBatch, sample
 from models import EncoderDecoder
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
@@ -175,3 +177,9 @@ def test_beams_and_samples_with_rules_share_a_step(architecture: str) -> None:
         finished |= {output.request_id: output for output in llm.step() if output.finished}
     assert [c.token_ids for c in finished["search"].outputs] == [s.token_ids for s in alone]
     assert finished["sample"].outputs == single
+
+
+def test_the_engine_knows_a_row_without_tokens_from_a_broken_one() -> None:
+    empty, broken = torch.full((1, 9), -math.inf), torch.full((1, 9), math.nan)
+    assert sample(empty, SamplingBatch.build(1)).errors == [NOTHING_LEFT]
+    assert sample(broken, SamplingBatch.build(1)).errors != [NOTHING_LEFT]

@@ -54,7 +54,8 @@ def test_beam_search(model: str) -> None:
     outputs = llm.beam_search([{"prompt": "Hello, my name is "}], params)
     for output in outputs:
         assert len(output.sequences) == 5
-        assert output.sequences[0].cum_logprob > output.sequences[-1].cum_logprob - 50
+        scores = [sequence.score for sequence in output.sequences]
+        assert scores == sorted(scores, reverse=True) and len(set(scores)) == 5
         assert isinstance(output.sequences[0].text, str) and output.sequences[0].tokens
 
 
@@ -77,7 +78,7 @@ def test_n_samples_stop_strings_seeds_and_log_probabilities(model: str) -> None:
     assert len(first[1].prompt_logprobs) == len(first[1].prompt_token_ids)
     for completion in first[2].outputs:
         assert completion.finish_reason in ("stop", "length")
-        assert "e" not in completion.text or completion.finish_reason == "length"
+        assert "e" not in completion.text and "a " not in completion.text
 
 
 def generate_text(prompt: str, sampling_params: SamplingParams, llm: LLM) -> str:
