@@ -68,11 +68,12 @@ def chunked_loss(
     for start in range(0, rows, size):
         some = slice(start, min(start + size, rows))
         inputs = _scaled(hidden[some], options.scale).to(dtype)
-        logits = buffer[: inputs.shape[0], :vocab]
+        # A compiler sees to memory itself, and torch 2.11's loses track of a buffer that is written again and again.
+        logits = None if torch.compiler.is_compiling() else buffer[: inputs.shape[0], :vocab]
         if bias is None:
-            torch.mm(inputs, weight.t(), out=logits)
+            logits = torch.mm(inputs, weight.t(), out=logits)
         else:
-            torch.addmm(bias, inputs, weight.t(), out=logits)
+            logits = torch.addmm(bias, inputs, weight.t(), out=logits)
         loss += loss_of_logits(logits, labels[some], options, any(wanted))
         if wanted[0]:
             grad_hidden[some] = _scaled((logits @ weight).to(hidden.dtype), options.scale)
