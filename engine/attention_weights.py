@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.attention_options import AttentionOptions
+from kernels.rotary import rotate
+from models.cache import Angles
 from models.transformer import DecoderOnly, EncoderDecoder
 
 
@@ -37,7 +39,12 @@ class WatchingCache:
         self.decoder: list[Tensor] = []
         self.cross: list[Tensor] = []
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, rotary: Angles | None
+    ) -> Tensor:
+        if rotary is not None:
+            q, k = (rotate(x, *rotary) for x in (q, k))
+
         def attend(values: Tensor) -> Tensor:
             return attention(q[None], k[None], values[None], causal=True, backend="reference", **options)[0]
 

@@ -20,6 +20,8 @@ class Batch:
     Attributes:
         tokens: int32 (rows, positions), the table of all tokens. rows: int64 (sequences,), of the table.
         starts, counts, wanted: int32 (sequences,).
+        drawn: int64 (sequences,), where among the tokens drawn last a sequence's only one is that the table lacks yet;
+            -1, or None for all: the table has them.
     """
 
     tokens: Table
@@ -27,16 +29,29 @@ class Batch:
     starts: Table
     counts: Table
     wanted: Table
+    drawn: Indices | None = None
 
     @classmethod
-    def of(cls, tokens: Table, rows: list[int], starts: list[int], counts: list[int], wanted: list[int]) -> Batch:
+    def of(
+        cls, tokens: Table, rows: list[int], starts: list[int], counts: list[int], wanted: list[int],
+        drawn: list[int] | None = None,
+    ) -> Batch:  # fmt: skip
         columns = np.array((starts, counts, wanted), dtype=np.int32)
-        return cls(tokens, np.array(rows, dtype=np.int64), columns[0], columns[1], columns[2])
+        places = None if drawn is None else np.array(drawn, dtype=np.int64)
+        return cls(tokens, np.array(rows, dtype=np.int64), columns[0], columns[1], columns[2], places)
 
     @cached_property
     def token_ids(self) -> Indices:
         """int64 (tokens,), a sequence's side by side, in the order of ``rows``."""
         return self.tokens[self.rows_of_tokens, self.positions].astype(np.int64)
+
+    @cached_property
+    def drawn_tokens(self) -> Indices:
+        """int64 (tokens,): ``drawn`` of a sequence's last token, -1 for others."""
+        places = np.full(int(self.offsets[-1]), -1, dtype=np.int64)
+        if self.drawn is not None:
+            places[self.offsets[1:] - 1] = self.drawn
+        return places
 
     @cached_property
     def ends(self) -> Table:
@@ -49,12 +64,12 @@ class Batch:
 
     @cached_property
     def rows_of_tokens(self) -> Indices:
-        return self.rows if self._decodes else np.repeat(self.rows, self.counts)
+        return self.rows if self.decodes else np.repeat(self.rows, self.counts)
 
     @cached_property
     def positions(self) -> Indices:
         """int64 (tokens,), of each token in its sequence."""
-        return self.starts.astype(np.int64) if self._decodes else _ranges(self.starts, self.counts)
+        return self.starts.astype(np.int64) if self.decodes else _ranges(self.starts, self.counts)
 
     @cached_property
     def selected(self) -> Indices:
@@ -62,7 +77,7 @@ class Batch:
         return _ranges(self.offsets[1:] - self.wanted, self.wanted)
 
     @cached_property
-    def _decodes(self) -> bool:
+    def decodes(self) -> bool:
         """Whether every sequence has one token."""
         return bool((self.counts == 1).all())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from engine.batch import Batch, Table
 from engine.beam_requests import advance_searches
 from engine.detokenize import deliver
+from engine.flight import Flight, Outlets
 from engine.grammar_masks import accept_token, masks_of
 from engine.grammar_state import GrammarError
 from engine.kv_cache import Source
@@ -24,27 +24,12 @@ from engine.sampling_batch import SamplingColumns
 from engine.scheduler import Schedule, Scheduler
 from engine.speculation import Speculation
 from engine.token_scores import add_scores
-from kernels.sampling import SampleResult, edit_logits, sample
+from kernels.sampling import Draw, SampleResult, draw, edit_logits
 from models.tokenizer import Tokenizer
 
 LOGGER = logging.getLogger(__name__)
 # Of the sampler's errors the one that does not say that the model is broken.
 NOTHING_LEFT = "no token is left to choose: every logit is -inf"
-
-
-@dataclass
-class Outlets:
-    """What a step's logits are for: the sequences to sample, and searches, with their rows; what has been scored.
-
-    A sequence with a draft is sampled once for each of its tokens, and once behind them.
-    """
-
-    samples: list[Sequence] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # of the samples, each behind so many of its tokens and its draft
-    num_sampled: int = 0  # tokens that came of it
-    rows: list[int] = field(default_factory=list)
-    searches: dict[Request, list[int]] = field(default_factory=dict)
-    scored: list[Sequence] = field(default_factory=list)
 
 
 class Engine:
@@ -65,6 +50,7 @@ class Engine:
         self.clock = StepClock()
         self.speculation: Speculation | None = None
         self._sampling = 0.0
+        self._flight: Flight | None = None  # the step before, if its results have yet to come
         self._stepping, self._to_abort = False, list[Request]()
 
     def add_request(self, request: Request) -> None:
@@ -93,6 +79,7 @@ class Engine:
         try:
             changed = self._step()
         except BaseException:
+            self._flight = None
             _tell(self.scheduler.recover())
             raise
         finally:
@@ -103,24 +90,50 @@ class Engine:
         return changed
 
     def _step(self) -> list[Request]:
+        flight, self._flight = self._flight, None
+        changed: list[Request] = []
+        if flight is not None and not (flight.may_be_followed and self.scheduler.has_room_ahead):
+            changed, flight = self._land(flight), None
+        following = self._launch(flight)
+        if flight is not None:
+            changed = self._land(flight)
+        if following is None or self.runner.drawn is not None:
+            self._flight = following
+            return changed
+        return self._land(following)
+
+    def _launch(self, before: Flight | None) -> Flight | None:
+        """Schedules a step and sets it going, behind the one ``before`` it, whose tokens may be pending."""
         if self.speculation is not None:
             self.speculation.guess(self.scheduler.live)
         schedule = self.scheduler.schedule()
         if not schedule.sequences:
-            return []
-        outlets = self._outlets(schedule, logits := self._run(schedule))
+            return None
+        outlets = self._outlets(schedule, logits := self._run(schedule, before))
+        flight = Flight(schedule, outlets)
         if outlets.samples:
-            outlets.num_sampled = self._sample(outlets, _picked(logits, outlets.rows))
+            flight.draw = self._draw(outlets, _picked(logits, outlets.rows))
         if outlets.searches:
-            rows = [row for each in outlets.searches.values() for row in each]
-            self._advance(list(outlets.searches), _picked(logits, rows))
-        changed = list(dict.fromkeys([*(s.request for s in outlets.samples + outlets.scored), *outlets.searches]))
+            flight.logits = logits
+        return flight
+
+    def _land(self, flight: Flight) -> list[Request]:
+        """Takes a step's results to those they are for; returns whom it carried on."""
+        outlets = flight.outlets
+        waited_for = [sequence.request for sequence in outlets.samples if sequence.row is not None]
+        if flight.draw is not None:
+            outlets.num_sampled = self._deliver_all(outlets, flight.draw)
+        searches = [request for request in outlets.searches if not request.finished]  # others were aborted since
+        if searches and flight.logits is not None:
+            rows = [row for request in searches for row in outlets.searches[request]]
+            self._advance(searches, _picked(flight.logits, rows))
+        changed = list(dict.fromkeys([*waited_for, *(s.request for s in outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
-        self._count(schedule, outlets)
+        self._count(flight.schedule, outlets)
         return changed
 
     def _count(self, schedule: Schedule, outlets: Outlets) -> None:
-        """Takes note of what the step has done, and in what time."""
+        """Takes note of what a step has done, and in what time."""
         tokens = outlets.num_sampled + sum(len(request.live) for request in outlets.searches)
         seconds = self.clock.stop(tokens)
         if self.speculation is not None and schedule.only_decodes:
@@ -159,12 +172,12 @@ class Engine:
             for source in taken:
                 self.cache.drop_source(source)
 
-    def _run(self, schedule: Schedule) -> Tensor:
+    def _run(self, schedule: Schedule, before: Flight | None) -> Tensor:
         """Logits of the tokens that the schedule wants them of, packed."""
         self.cache.copy_shared()
         if schedule.sources:
             self.runner.encode(schedule.sources)
-        logits = self.runner.logits(_batch(schedule, self.cache.tokens))
+        logits = self.runner.logits(_batch(schedule, self.cache.tokens, before))
         for source in schedule.sources:
             source.encoded = True
         for sequence, count in zip(schedule.sequences, schedule.counts, strict=True):
@@ -195,7 +208,7 @@ class Engine:
             places = range(len(sequence.draft) + 1)
             sampled = [sequence for _ in places] if request.forked else self._fork(request)
             outlets.samples += sampled
-            outlets.lengths += [len(sequence.token_ids) + (i if sequence.draft else 0) for i in range(len(sampled))]
+            outlets.lengths += [sequence.length + (i if sequence.draft else 0) for i in range(len(sampled))]
             outlets.rows += list(range(start, end)) if sequence.draft else [end - 1] * len(sampled)
 
     def _fork(self, request: Request) -> list[Sequence]:
@@ -209,8 +222,8 @@ class Engine:
                 sequence.num_cached = first.num_cached
         return request.sequences
 
-    def _sample(self, outlets: Outlets, logits: Tensor) -> int:
-        """Draws the next token of each sample, and those behind its draft's; returns how many are delivered."""
+    def _draw(self, outlets: Outlets, logits: Tensor) -> Draw:
+        """Draws the next token of each sample, and those behind its draft's."""
         sequences, lengths = outlets.samples, outlets.lengths
         start = time.perf_counter()
         if any(sequence.request.params.logits_processors for sequence in sequences):
@@ -218,15 +231,30 @@ class Engine:
         masks = masks_of(sequences, logits.shape[1])
         edits = self.rules.edits(sequences, lengths, logits.shape[1], masks)
         if edits is not None:
+            logits = logits.float()  # which a graph's memory, in half precision, could not hold the edits in
             edit_logits(logits, edits, num_threads=self.num_threads)
         rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
-        result = sample(logits, self.columns.batch(sequences, lengths, rows), num_threads=self.num_threads)
+        drawn = draw(logits, self.columns.batch(sequences, lengths, rows), num_threads=self.num_threads)
+        if self.runner.drawn is not None:
+            self.runner.drawn[: len(sequences)] = drawn.token_ids
+            for sequence in sequences:
+                sequence.num_pending += 1
         self._sampling += time.perf_counter() - start
-        self.cache.tokens[rows, lengths] = result.token_ids
+        return drawn
+
+    def _deliver_all(self, outlets: Outlets, drawn: Draw) -> int:
+        """Delivers a step's samples as they arrive; returns how many tokens those of them that go on got."""
+        sequences, lengths = outlets.samples, outlets.lengths
+        start = time.perf_counter()
+        result = drawn.result()
+        self._sampling += time.perf_counter() - start
         token_ids, i, delivered = result.token_ids.tolist(), 0, 0
         while i < len(sequences):
-            end = i + 1 + len(sequences[i].draft)
-            delivered += self._deliver(sequences[i], result, token_ids, i, end)
+            sequence, end = sequences[i], i + 1 + len(sequences[i].draft)
+            sequence.num_pending = max(sequence.num_pending - 1, 0)
+            if sequence.row is not None:  # else it has come to its end since
+                self.cache.tokens[sequence.row.index, lengths[i:end]] = token_ids[i:end]
+                delivered += self._deliver(sequence, result, token_ids, i, end)
             i = end
         return delivered
 
@@ -296,10 +324,14 @@ def _tell(requests: list[Request]) -> None:
             LOGGER.exception("a listener of request %s has failed", request.request_id)
 
 
-def _batch(schedule: Schedule, tokens: Table) -> Batch:
+def _batch(schedule: Schedule, tokens: Table, before: Flight | None) -> Batch:
     rows = [sequence.row.index for sequence in schedule.sequences if sequence.row is not None]
     starts = [sequence.num_cached for sequence in schedule.sequences]
-    return Batch.of(tokens, rows, starts, schedule.counts, schedule.wanted)
+    drawn = None
+    if before is not None:
+        places = before.places
+        drawn = [places[sequence] if sequence.num_pending else -1 for sequence in schedule.sequences]
+    return Batch.of(tokens, rows, starts, schedule.counts, schedule.wanted, drawn)
 
 
 def _picked(logits: Tensor, rows: list[int]) -> Tensor:

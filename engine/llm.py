@@ -118,7 +118,7 @@ class LLM:
             _check_vocabulary(tokenizer.target_vocab_size, self.config.target_vocab_size or 0)
         self.max_model_len = options.model_length(self.config)
         runner = runner_of(model, weights, options)
-        self.engine = Engine(runner, tokenizer, options.step_tokens, options.num_threads)
+        self.engine = Engine(runner, tokenizer, options.step_tokens(device), options.num_threads)
         self.engine.speculation = speculation_of(options, self.config, device)
         self.reader = PromptReader(self.config, model.generation, tokenizer, self.max_model_len)
         self.intake = Intake(self.reader, options.seed)

@@ -66,6 +66,12 @@ class GenerationRules:
         return not (always or sometimes or forced)
 
     @functools.cached_property
+    def look_back(self) -> bool:
+        """Whether they ask something of a token that depends on those before it, not on how many they are alone."""
+        words = any(len(word) > 1 for word in self.bad_words)
+        return words or bool(self.no_repeat_ngram_size) or self.repetition_penalty != 1
+
+    @functools.cached_property
     def _bad_words_after(self) -> dict[int | None, list[tuple[int, ...]]]:
         """The words by the token before their last; None: there is none."""
         words: dict[int | None, list[tuple[int, ...]]] = {}

@@ -45,6 +45,8 @@ class NativeStorage:
 class NativeRunner:
     """A native model and its cache: see ``engine.runner.Runner``."""
 
+    drawn: Tensor | None = None
+
     def __init__(self, model: NativeModel, cache: KVCache, storage: NativeStorage, num_threads: int | None) -> None:
         self.model, self.cache, self.storage = model, cache, storage
         self.num_threads = num_threads or torch.get_num_threads()

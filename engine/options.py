@@ -10,7 +10,7 @@ import torch
 
 from engine.sampling import check_number
 from engine.speculative_config import SpeculativeConfig
-from kernels.backend import BACKENDS, choose
+from kernels.backend import BACKENDS, available, choose
 from kernels.cached_attention import PAGE
 from models.config import LARGEST, TransformerConfig
 from models.sources import Quantization
@@ -23,7 +23,8 @@ RANGES = {
 }
 LENGTH_WITHOUT_LIMIT = 2048  # of a model whose positions have no end
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
-STEP_TOKENS = 512  # few enough that those who decode meanwhile do not wait long
+# Few enough that those who decode meanwhile do not wait long.
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 QUANTIZATIONS = (None, "auto", "int8", "int4")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,7 +35,8 @@ class EngineOptions:
     """What ``LLM`` takes besides the model, its tokenizer, device and dtype. A wrong value is a ValueError naming it.
 
     Attributes:
-        backend: auto, native (the C++ core runs the whole model, on a CPU), torch or reference (torch runs it, with its
+        backend: auto, native (the C++ core runs the whole model, on a CPU), triton (torch runs it, attention and cache
+            by our kernels for a GPU, which auto takes where there is one), torch or reference (torch runs it, with its
             own kernels or by the formulas).
         quantization: None: weights as floats. int8, int4: the linear layers and embeddings in eight or four bits; auto:
             in as many as the file has them in.
@@ -42,7 +44,8 @@ class EngineOptions:
         max_model_len: longest source, and longest prompt plus output; the model's own limit unless given, 2,048 for one
             that has none.
         max_num_batched_tokens: tokens of a step: one of each sequence that decodes, the rest of prompts and sources. A
-            long prompt takes several steps, a long source a step of its own. 512, or max_num_seqs, unless given.
+            long prompt takes several steps, a long source a step of its own. 512 on a CPU, 8,192 on a GPU, or
+            max_num_seqs, unless given.
         kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, but on a CPU 4 GiB at most,
             and on a GPU what gpu_memory_utilization, a share of its memory, leaves beside the weights.
         kv_cache_dtype: float32, bfloat16 or int8, the last on the native backend alone; auto: the weights' dtype, and
@@ -50,7 +53,7 @@ class EngineOptions:
         block_size: tokens in a block of the cache; for native a multiple of 16.
         enable_prefix_caching: keys and values of equal beginnings, and of equal sources, are computed once.
         speculative_config: how tokens to come are guessed, a dict (``engine.speculative_config``); None: not at all.
-        enforce_eager: no graphs are captured, as there are none yet.
+        enforce_eager: no CUDA graphs of decoding steps are captured: slower, but errors are where they happen.
         batch_invariant: results must not depend on the batch; the native backend's never do, others refuse.
         tensor_parallel_size: 1, the only one there is.
         num_threads: CPU threads, torch's own unless given. seed: of the requests that bring none.
@@ -105,9 +108,9 @@ class EngineOptions:
 
     def runs_native(self, device: torch.device) -> bool:
         """Whether the C++ core runs a model of a checkpoint. Raises ValueError where it was asked for and cannot."""
-        available = ("native", "torch", "reference") if device.type == "cpu" else ("torch", "reference", "triton")
+        names = available(device, triton=True, native=device.type == "cpu")
         requested = None if self.backend == "auto" else self.backend
-        native = choose("the engine", available, requested, has=("native", "torch", "reference")) == "native"
+        native = choose("the engine", names, requested) == "native"
         if native:
             self.check_native(device)
         return native
@@ -138,9 +141,8 @@ class EngineOptions:
         unlimited = config.max_seqlen >= LARGEST
         return self.max_model_len or (LENGTH_WITHOUT_LIMIT if unlimited else config.max_seqlen)
 
-    @property
-    def step_tokens(self) -> int:
-        return self.max_num_batched_tokens or max(STEP_TOKENS, self.max_num_seqs)
+    def step_tokens(self, device: torch.device) -> int:
+        return self.max_num_batched_tokens or max(STEP_TOKENS[device.type], self.max_num_seqs)
 
     def num_blocks(self, config: TransformerConfig, bytes_per_block: int, device: torch.device) -> int:
         """How many blocks the cache gets, for targets and, beside them, sources."""

@@ -140,6 +140,7 @@ class Sequence:
     row: Row | None = None
     grammar: GrammarState | None = None
     draft: list[int] = field(default_factory=list)  # guesses at the tokens to come, for the next step
+    num_pending: int = 0  # tokens that are drawn and have not left the device
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     text: str = ""
@@ -155,7 +156,17 @@ class Sequence:
     @property
     def num_lacking(self) -> int:
         """How many of its tokens have yet to run."""
-        return len(self.token_ids) - self.num_cached
+        return self.length - self.num_cached
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has, those that are pending included."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def ends_by_length(self) -> bool:
+        """Whether what is pending brings it to its length limit."""
+        return self.num_pending > 0 and self.length >= self.max_length
 
     @property
     def output_ids(self) -> list[int]:
@@ -211,6 +222,20 @@ class Request:
     @property
     def all_scored(self) -> bool:
         return self.scored is not None and len(self.scores) == self.scored[1] - self.scored[0]
+
+    @property
+    def needs_its_tokens(self) -> bool:
+        """Whether more than the device has to know its last tokens before the next ones can be drawn."""
+        params = self.params
+        penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        return bool(
+            self.beams is not None
+            or penalties
+            or params.logits_processors
+            or params.structured_outputs
+            or self.rules.look_back
+            or (self.scored is not None and not self.all_scored)
+        )
 
     @property
     def order(self) -> tuple[int, int]:

@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.decode_graphs import DecodeGraphs
 from engine.kv_cache import KVCache, Source
-from engine.tensor_cache import CacheView, TensorStorage
+from engine.step_tensors import StepBuffer, StepTensors, step_shape
+from engine.tensor_cache import CacheView, Part, TensorStorage, runs, whole
 from models.cache import Lengths
 from models.transformer import DecoderOnly, EncoderDecoder
 
 
 class Runner(Protocol):
-    """What the engine asks of a model and its cache. Every method takes packed batches; nothing is padded."""
+    """What the engine asks of a model and its cache. Every method takes packed batches; nothing is padded.
+
+    Attributes:
+        drawn: int64 (any,), where the engine puts the tokens drawn last, for a batch that names them by their place;
+            None: a batch has to have all tokens in its table.
+    """
 
     cache: KVCache
+    drawn: Tensor | None
 
     def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         """Runs sources through the encoder and stores what cross-attention reads of them.
@@ -28,7 +36,10 @@ class Runner(Protocol):
         ...
 
     def logits(self, batch: Batch) -> Tensor:
-        """Runs a batch's tokens; float32 logits (wanted tokens, vocab) on the CPU, of the token after each of them."""
+        """Runs a batch's tokens; logits (wanted tokens, vocab), of the token after each of them.
+
+        float32 on the CPU, or the model's dtype on its device, where they are good until the next call.
+        """
         ...
 
     def take_seconds(self) -> dict[str, float]:
@@ -37,20 +48,25 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """A model that torch runs, on any device, and a cache of tensors."""
+    """A model that torch runs, on any device, and a cache of tensors.
+
+    Where the cache's attention reads sequences of any lengths together, as Triton's does, a step is one part; and then
+    the steps in which every sequence decodes one token are ``graphs``'s, if there are any.
+    """
 
     def __init__(
-        self, model: DecoderOnly | EncoderDecoder, cache: KVCache, storage: TensorStorage, backend: str | None
+        self, model: DecoderOnly | EncoderDecoder, cache: KVCache, storage: TensorStorage, *, ragged: bool
     ) -> None:
-        self.model, self.cache, self.storage, self.backend = model, cache, storage, backend
+        self.model, self.cache, self.storage, self.ragged = model, cache, storage, ragged
+        self.drawn: Tensor | None = None
+        self.graphs: DecodeGraphs | None = None
 
     def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         hidden = self.encoder_hidden([source.token_ids for source in sources])
         keys_values = cast(EncoderDecoder, self.model).cross_keys_values(hidden)
-        slots = np.concatenate([self.cache.source_slots(source) for source in sources])
-        places = self.storage.slots_of(slots)
+        slots = self._tensor(np.concatenate([self.cache.source_slots(source) for source in sources]))
         for layer, (k, v) in enumerate(keys_values):
-            self.storage.append(layer, k, v, places)
+            self.storage.append(layer, k, v, slots)
         if not wants_hidden:
             return []
         return list(hidden.float().cpu().split([len(source.token_ids) for source in sources]))
@@ -61,20 +77,28 @@ class TorchRunner:
         packed = Lengths(
             cu_seqlens=self._tensor(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)),
             max_seqlen=int(lengths.max()),
-            backend=self.backend,
+            backend=self.storage.backend,
         )
         token_ids = self._tensor(np.concatenate([np.asarray(source, dtype=np.int64) for source in sources]))
         positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
         return cast(EncoderDecoder, self.model).encode(token_ids, packed, positions=positions)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """The decoder's hidden states of a batch's tokens, (tokens, dim)."""
-        view = CacheView(self.cache, self.storage, batch, self.backend)
-        return self.model.decode(self._tensor(batch.token_ids), view.positions, view)
-
     def logits(self, batch: Batch) -> Tensor:
-        hidden = self.hidden(batch)
-        return self.model.logits(hidden[self._tensor(batch.selected)]).float().cpu()
+        if self.graphs is not None and self.graphs.serve(batch):
+            return self.graphs.logits(batch)
+        tensors = StepBuffer(step_shape(self.cache, batch), self.storage.device).fill(self.cache, batch)
+        parts = whole(tensors, int(batch.counts.max())) if self.ragged else runs(tensors, batch, self.cache)
+        return self.run(tensors, parts)
+
+    def run(self, tensors: StepTensors, parts: list[Part]) -> Tensor:
+        """Logits (selected, vocab) of a step whose input is on the device."""
+        token_ids = tensors.token_ids
+        if self.drawn is not None:
+            token_ids = torch.where(tensors.drawn < 0, token_ids, self.drawn[tensors.drawn.clamp(min=0)])
+        view = CacheView(self.storage, tensors.slots, parts)
+        hidden = self.model.decode(token_ids, tensors.positions, view)
+        logits = self.model.logits(hidden[tensors.selected])
+        return logits.float() if self.storage.device.type == "cpu" else logits
 
     def take_seconds(self) -> dict[str, float]:
         return {}

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from engine.decode_graphs import DecodeGraphs
 from engine.kv_cache import KVCache
 from engine.native_runner import NativeRunner, NativeStorage
 from engine.options import EngineOptions
 from engine.runner import Runner, TorchRunner
 from engine.tensor_cache import TensorStorage
+from kernels.backend import available, choose, triton_serves
 from kernels.cached_attention import CacheFormat
 from models import checkpoint
 from models.assembly import NamedWeights
@@ -44,9 +46,19 @@ def torch_runner(model: DecoderOnly | EncoderDecoder, options: EngineOptions) ->
         raise ValueError(f"kv_cache_dtype is {options.kv_cache_dtype}: where torch runs the model, it is the weights'")
     per_block = TensorStorage.bytes_per_block(config, options.block_size, weight.dtype)
     num_blocks = options.num_blocks(config, per_block, weight.device)
-    storage = TensorStorage(config, num_blocks, options.block_size, weight.device, weight.dtype)
+    backend = None if options.backend == "auto" else options.backend
+    storage = TensorStorage(config, num_blocks, options.block_size, weight.device, weight.dtype, backend)
     cache = KVCache(storage, options.max_num_seqs, options.model_length(config), options.enable_prefix_caching)
-    return TorchRunner(model, cache, storage, None if options.backend == "auto" else options.backend)
+    serving = available(weight.device, triton=triton_serves(weight))
+    ragged = choose("the engine's cache", serving, backend) == "triton"
+    runner = TorchRunner(model, cache, storage, ragged=ragged)
+    on_gpu = weight.device.type == "cuda"
+    if on_gpu:
+        runner.drawn = torch.zeros(options.max_num_seqs, dtype=torch.int64, device=weight.device)
+    if ragged:
+        captures = on_gpu and not options.enforce_eager
+        runner.graphs = DecodeGraphs(runner.run, cache, weight.device, captures=captures)
+    return runner
 
 
 def native_runner(model: DecoderOnly | EncoderDecoder, weights: NamedWeights, options: EngineOptions) -> NativeRunner:

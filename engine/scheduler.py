@@ -32,7 +32,7 @@ class Schedule:
 def _wanted(sequence: Sequence, start: int, end: int) -> int:
     """Of how many of the tokens from ``start`` to ``end`` the logits are wanted: the last of them."""
     request, drafted = sequence.request, len(sequence.draft)
-    to_choose = 1 + drafted if end == len(sequence.token_ids) + drafted else 0
+    to_choose = 1 + drafted if end == sequence.length + drafted else 0
     if request.scored is None or request.all_scored:
         return to_choose
     first = request.scored[0] - 1 + len(request.scores)  # whose next token is to be scored
@@ -118,6 +118,11 @@ class Scheduler:
                     self.running.remove(request)
 
     @property
+    def has_room_ahead(self) -> bool:
+        """Whether no request will have to give way in the next step: each sequence may want a block, and a copy."""
+        return self.cache.pool.num_available >= 2 * len(self.live)
+
+    @property
     def live(self) -> list[Sequence]:
         """The sequences of all running requests that run in each step."""
         return [sequence for request in self.running for sequence in request.live]
@@ -134,17 +139,19 @@ class Scheduler:
             room -= self._schedule_prompt(schedule, sequence, room)
         if not made_room:
             self._admit(schedule, room)
-        if not schedule.sequences and self.running:
+        if not schedule.sequences and not all(sequence.num_pending for sequence in self.live):
             raise RuntimeError("the scheduler has requests that run and nothing for them to do")
         return schedule
 
     def recover(self) -> list[Request]:
         """After a step that failed on its way, which may not have written what others count on: all begin anew.
 
-        Returns those that have come to their end in it.
+        What was pending is drawn again. Returns those that have come to their end in it.
         """
         self.cache.forget_all()
         for request in self.running:
+            for sequence in request.sequences:
+                sequence.num_pending = 0
             if request.beams is not None and request.beams.length > request.num_prompt:
                 request.forked = True
                 for sequence, token_ids in zip(request.sequences, request.beams.token_ids, strict=True):
@@ -174,7 +181,7 @@ class Scheduler:
             long = [sequence for sequence in live if sequence.num_lacking > 1]
             prompts += long
             if request.beams is None or not long:  # beams take a step together
-                decoding += [sequence for sequence in live if sequence.num_lacking == 1]
+                decoding += [s for s in live if s.num_lacking == 1 and not s.ends_by_length]
         for sequence in decoding:
             self._add(schedule, sequence, 1 + self._accept_draft(sequence))
         return prompts
@@ -195,7 +202,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to it that the sequence's tokens have blocks; False: there is no room."""
         assert sequence.row is not None
-        return self.cache.grow(sequence.row, sequence.num_cached, len(sequence.token_ids))
+        return self.cache.grow(sequence.row, sequence.num_cached, sequence.length)
 
     def _schedule_prompt(self, schedule: Schedule, sequence: Sequence, room: int) -> int:
         """Adds what fits of the tokens that the cache lacks; returns how many."""
@@ -208,7 +215,7 @@ class Scheduler:
     def _add(self, schedule: Schedule, sequence: Sequence, count: int) -> None:
         schedule.add(sequence, count)
         assert sequence.row is not None
-        end = min(sequence.num_cached + count, len(sequence.token_ids))  # a draft may be wrong
+        end = min(sequence.num_cached + count, len(sequence.token_ids))  # not a draft, nor what is pending
         if end - sequence.row.num_known * self.cache.block_size >= self.cache.block_size:
             self.cache.remember(sequence.row, sequence.token_ids, end)
 

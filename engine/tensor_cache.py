@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch
 from engine.kv_cache import KVCache, Table
+from engine.step_tensors import StepTensors
 from kernels.attention_options import AttentionOptions
 from kernels.paged_attention import append_to_cache, paged_attention
+from models.cache import Angles
 from models.config import TransformerConfig
 
 
@@ -31,15 +32,49 @@ class Part:
     source_lengths: Tensor
 
 
+def whole(tensors: StepTensors, max_count: int) -> list[Part]:
+    """All sequences of a step as one part."""
+    t = tensors
+    return [Part(slice(None), t.cu_seqlens, max_count, t.tables, t.lengths, t.source_tables, t.source_lengths)]
+
+
+def runs(tensors: StepTensors, batch: Batch, cache: KVCache) -> list[Part]:
+    """Runs of those that decode one token, and of newcomers with longer prompts.
+
+    A backend that pads would otherwise pad every one of the first to the longest of the others.
+    """
+    cuts = [0, *(np.flatnonzero(np.diff(batch.counts > 1)) + 1).tolist(), len(batch.rows)]
+    source_lengths = cache.source_lengths[batch.rows]
+
+    def part(a: int, b: int) -> Part:
+        first, last = int(batch.offsets[a]), int(batch.offsets[b])
+        width, source_width = (cache.blocks_for(int(lengths[a:b].max())) for lengths in (batch.ends, source_lengths))
+        return Part(
+            tokens=slice(first, last),
+            cu_seqlens=tensors.cu_seqlens[a : b + 1] - first,
+            max_count=int(batch.counts[a:b].max()),
+            tables=tensors.tables[a:b, :width],
+            lengths=tensors.lengths[a:b],
+            source_tables=tensors.source_tables[a:b, :source_width],
+            source_lengths=tensors.source_lengths[a:b],
+        )
+
+    return [part(a, b) for a, b in itertools.pairwise(cuts)]
+
+
 class TensorStorage:
-    """Keys and values as tensors, (num_blocks, layers, block_size, kv_heads, head_dim) each, in ``dtype``."""
+    """Keys and values as tensors, (num_blocks, layers, block_size, kv_heads, head_dim) each, in ``dtype``.
+
+    ``backend`` is what attention over them and the append are asked to run on, None for the best there is.
+    """
 
     def __init__(
-        self, config: TransformerConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+        self, config: TransformerConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype,
+        backend: str | None = None,
+    ) -> None:  # fmt: skip
         assert config.kv_heads is not None and config.head_dim is not None
-        self.layers, self.block_size, self.num_blocks, self.device = config.depth, block_size, num_blocks, device
-        shape = (num_blocks, self.layers, block_size, config.kv_heads, config.head_dim)
+        self.block_size, self.num_blocks, self.device, self.backend = block_size, num_blocks, device, backend
+        shape = (num_blocks, config.depth, block_size, config.kv_heads, config.head_dim)
         self.k, self.v = _zeros(shape, device, dtype), _zeros(shape, device, dtype)
 
     @staticmethod
@@ -56,39 +91,29 @@ class TensorStorage:
         self.k[blocks] = 0
         self.v[blocks] = 0
 
-    def blocks_of(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All blocks of all layers, keys and values, and where among them a layer's blocks of ``tables`` are.
+    def append(
+        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, q: Tensor | None = None, rotary: Angles | None = None
+    ) -> None:
+        """Writes new tokens' keys and values of a layer into their ``slots``, block * block_size + offset.
 
-        tables are int32 (sequences, blocks), of the first layer: block b's is b * layers.
+        With ``rotary``, keys are turned on their way, and q in place.
         """
-        return self.k.flatten(0, 1), self.v.flatten(0, 1), tables + layer
-
-    def append(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Writes new tokens' keys and values of a layer into their ``slots``, as ``slots_of`` numbers them."""
-        append_to_cache(k, v, self.k.flatten(0, 1), self.v.flatten(0, 1), slots + layer * self.block_size)
-
-    def slots_of(self, slots: NDArray[np.int64]) -> Tensor:
-        """Where the first layer has the slots that the cache numbers without regard to layers."""
-        blocks, offsets = np.divmod(slots, self.block_size)
-        return torch.from_numpy(blocks * (self.layers * self.block_size) + offsets).to(self.device)
+        cos, sin = rotary or (None, None)
+        append_to_cache(
+            k, v, self.k[:, layer], self.v[:, layer], slots, cos=cos, sin=sin, q=q, backend=self.backend
+        )  # fmt: skip
 
 
 class CacheView:
     """The cache as one step's batch sees it: the protocol ``models.cache.Cache``."""
 
-    def __init__(self, cache: KVCache, storage: TensorStorage, batch: Batch, backend: str | None) -> None:
-        self.cache, self.storage, self.backend = cache, storage, backend
-        self.slots = storage.slots_of(cache.slots(batch.rows_of_tokens, batch.positions))
-        self.positions = self._tensor(batch.positions)
-        # Runs of those that decode one token, and of newcomers with longer prompts: a backend that pads would
-        # otherwise pad every one of the first to the longest of the others.
-        cuts = [0, *(np.flatnonzero(np.diff(batch.counts > 1)) + 1).tolist(), len(batch.rows)]
-        self.parts = [
-            self._part(batch.rows[a:b], batch.ends[a:b], batch.offsets[a : b + 1]) for a, b in itertools.pairwise(cuts)
-        ]
+    def __init__(self, storage: TensorStorage, slots: Tensor, parts: list[Part]) -> None:
+        self.storage, self.slots, self.parts = storage, slots, parts
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        self.storage.append(layer, k, v, self.slots)
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, rotary: Angles | None
+    ) -> Tensor:
+        self.storage.append(layer, k, v, self.slots, None if rotary is None else q, rotary)
         return self._attend(layer, q, options, source=False)
 
     def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
@@ -98,33 +123,19 @@ class CacheView:
         mixed = [
             paged_attention(
                 q[part.tokens],
-                *self.storage.blocks_of(layer, part.source_tables if source else part.tables),
+                self.storage.k[:, layer],
+                self.storage.v[:, layer],
+                part.source_tables if source else part.tables,
                 part.source_lengths if source else part.lengths,
                 part.cu_seqlens,
                 max_seqlen_q=part.max_count,
                 causal=not source,
-                backend=self.backend,
+                backend=self.storage.backend,
                 **options,
             )
             for part in self.parts
         ]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-
-    def _part(self, rows: NDArray[np.int64], ends: Table, offsets: Table) -> Part:
-        source_lengths = self.cache.source_lengths[rows]
-        width, source_width = (self.cache.blocks_for(int(lengths.max())) for lengths in (ends, source_lengths))
-        return Part(
-            tokens=slice(int(offsets[0]), int(offsets[-1])),
-            cu_seqlens=self._tensor((offsets - offsets[0]).astype(np.int32)),
-            max_count=int(np.diff(offsets).max()),
-            tables=self._tensor(self.cache.tables[rows, :width] * self.storage.layers),
-            lengths=self._tensor(ends),
-            source_tables=self._tensor(self.cache.source_tables[rows, :source_width] * self.storage.layers),
-            source_lengths=self._tensor(source_lengths),
-        )
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.storage.device)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

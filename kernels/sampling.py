@@ -130,6 +130,21 @@ def sample(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = No
     return SampleResult(token_ids, logprobs, ranks, top_logprobs, top_ids, errors)
 
 
+class Draw:
+    """What ``draw`` returns: tokens on the logits' device, int64 (rows,), and the whole result when it is asked for."""
+
+    def __init__(self, token_ids: Tensor, result: SampleResult) -> None:
+        self.token_ids, self._result = token_ids, result
+
+    def result(self) -> SampleResult:
+        return self._result
+
+
+def draw(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None) -> Draw:
+    result = sample(logits, batch, num_threads=num_threads)
+    return Draw(result.token_ids, result)
+
+
 def top_k(scores: Tensor, k: int, *, num_threads: int | None = None) -> tuple[Tensor, Tensor]:
     """The k largest of each row of float32 CPU `scores` (rows, vocab), and their ids: float32 and int64 (rows, k).
 

@@ -9,12 +9,19 @@ from torch import Tensor
 
 from kernels.attention_options import AttentionOptions
 
+Angles = tuple[Tensor, Tensor]
+
 
 class Cache(Protocol):
     """One step's view of the cache: new tokens are packed, (tokens, heads, head_dim), in the order of the batch."""
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
-        """Appends k and v to ``layer``'s keys and values, then attends causally over all of each sequence's."""
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, rotary: Angles | None
+    ) -> Tensor:
+        """Appends k and v to ``layer``'s keys and values, then attends causally over all of each sequence's.
+
+        With ``rotary``, cos and sin as ``kernels.rotary.rotate`` takes them, q and k are turned first.
+        """
         ...
 
     def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:

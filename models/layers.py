@@ -135,12 +135,12 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split((self.heads, self.kv_heads), dim=-2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
-        if positional.rotary is not None:
+        options = self._with_bias(positional)
+        if cache is None and positional.rotary is not None:
             qk = rotate(qk, *positional.rotary)
         q, k = qk.split((self.heads, self.kv_heads), dim=-2)
-        options = self._with_bias(positional)
         if cache is not None:
-            return cache.self_attention(self.layer, q, k, v, options)
+            return cache.self_attention(self.layer, q, k, v, options, positional.rotary)
         return self._attend(q, k, v, lengths, options)
 
     def _with_bias(self, positional: Positional) -> AttentionOptions:

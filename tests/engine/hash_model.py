@@ -41,6 +41,7 @@ class HashRunner:
     def __init__(self, cache: KVCache, storage: HashStorage, fails: int | None = None) -> None:
         self.cache, self.storage, self.fails = cache, storage, fails
         self.num_tokens = self.num_encoded = 0
+        self.drawn: Tensor | None = None
 
     def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         for source in sources:
@@ -55,8 +56,11 @@ class HashRunner:
         slots = self.cache.slots(batch.rows_of_tokens, batch.positions)
         logits = np.empty((len(batch.token_ids), VOCAB), dtype=np.float32)
         self.num_tokens += len(slots)
+        token_ids = batch.token_ids
+        if self.drawn is not None:
+            token_ids = np.where(batch.drawn_tokens < 0, token_ids, self.drawn.numpy()[batch.drawn_tokens])
         for i, (row, position, token_id) in enumerate(
-            zip(batch.rows_of_tokens, batch.positions, batch.token_ids, strict=True)
+            zip(batch.rows_of_tokens, batch.positions, token_ids, strict=True)
         ):
             before = self._flat[self.cache.slots(np.full(position, row), np.arange(position))]
             source = self._flat[self._source_slots(row)]
@@ -95,11 +99,14 @@ def logits_of(state: np.uint64) -> NDArray[np.float32]:
 
 def hash_engine(
     num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, budget: int, fails: int | None = None,
-    enable_prefix_caching: bool = True,
+    enable_prefix_caching: bool = True, ahead: bool = False,
 ) -> Engine:  # fmt: skip
+    """``ahead``: steps are sent before the tokens of those before them have arrived, as on a GPU."""
     storage = HashStorage(num_blocks, block_size)
     cache = KVCache(storage, max_num_seqs, max_model_len, enable_prefix_caching)
-    return Engine(HashRunner(cache, storage, fails), None, budget, 1)
+    runner = HashRunner(cache, storage, fails)
+    runner.drawn = torch.zeros(max_num_seqs, dtype=torch.int64) if ahead else None
+    return Engine(runner, None, budget, 1)
 
 
 def reader(architecture: str, max_model_len: int) -> PromptReader:

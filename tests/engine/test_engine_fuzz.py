@@ -67,8 +67,9 @@ def interruptions(engine: Engine) -> list[tuple[object, str, object]]:
         raise Interrupt
 
     runner = engine.runner
-    places = [(runner, "encode"), (runner, "logits"), (engine, "_sample"), (engine, "_advance"),
-              (engine.columns, "batch"), (engine.cache, "copy_shared"), (engine.cache.storage, "copy")]  # fmt: skip
+    places = [(runner, "encode"), (runner, "logits"), (engine, "_draw"), (engine, "_advance"),
+              (engine, "_deliver_all"), (engine.columns, "batch"), (engine.cache, "copy_shared"),
+              (engine.cache.storage, "copy")]  # fmt: skip
     return [(where, name, interrupt) for where, name in places]
 
 
@@ -96,14 +97,23 @@ def check_accounts(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
-@pytest.mark.parametrize(("caching", "guessing"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("caching", "guessing", "ahead"), [(True, True, False), (False, False, False), (True, False, True)]
+)
 def test_random_lives_of_an_engine(
-    architecture: str, caching: bool, guessing: bool, monkeypatch: pytest.MonkeyPatch
+    architecture: str, caching: bool, guessing: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20,000 operations over the four cases, on a pool so small that requests are sent back all the time."""
-    rng, prompts = random.Random(f"{architecture} {caching}"), reader(architecture, MAX_LEN)
+    """30,000 operations over the six cases, on a pool so small that requests are sent back all the time."""
+    rng, prompts = random.Random(f"{architecture} {caching} {guessing} {ahead}"), reader(architecture, MAX_LEN)
     engine = hash_engine(
-        14 if prompts.config.is_encoder_decoder else 11, 4, 8, MAX_LEN, 9, FAILS, enable_prefix_caching=caching
+        14 if prompts.config.is_encoder_decoder else 11,
+        4,
+        8,
+        MAX_LEN,
+        9,
+        FAILS,
+        enable_prefix_caching=caching,
+        ahead=ahead,
     )
     if guessing:
         monkeypatch.setattr(StepCost, "of_a_row", lambda self, rows: 1e-9)

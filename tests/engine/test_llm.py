@@ -245,7 +245,7 @@ def test_an_empty_prompt_of_a_language_model_is_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"max_num_seqs": 0}, {"max_model_len": 65}, {"kv_cache_memory_bytes": 1}, {"num_threads": 0}, {"device": "tpu"},
-     {"device": "mps"}, {"backend": "cuda"}, {"backend": "triton"}, {"quantization": "int3"},
+     {"device": "mps"}, {"backend": "cuda"}, {"quantization": "int3"},
      {"quantization": "int8"}, {"kv_cache_dtype": "int4"}, {"kv_cache_dtype": "int8"}, {"temperature": 1},
      {"backend": "native", "block_size": 8},
      {"gpu_memory_utilization": 0}, {"gpu_memory_utilization": 2}, {"enforce_eager": 1}, {"tensor_parallel_size": 2},

@@ -11,7 +11,7 @@ import kernels.linear_cross_entropy
 import models.transformer
 from kernels.attention_options import AttentionOptions
 from models import EncoderDecoder
-from models.cache import Lengths
+from models.cache import Angles, Lengths
 from tests.conftest import tiny_model
 
 ARCHITECTURES = ["encoder_decoder", "decoder_only"]
@@ -91,7 +91,9 @@ def test_packed_tokens_without_positions_are_refused() -> None:
 
 
 class NoCache:
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, rotary: Angles | None
+    ) -> Tensor:
         raise AssertionError("nothing is to be computed")
 
     def cross_attention(self, layer: int, q: Tensor, options: AttentionOptions) -> Tensor:
