@@ -326,7 +326,7 @@ def _launch(
     tokens, heads, head_dim = q.shape
     batch, kv_heads, groups = block_table.shape[0], k_cache.shape[2], heads // k_cache.shape[2]
     rows = call.max_seqlen_q * groups
-    config = paged_configs.choose(rows, head_dim * _widest(q, k_cache), call.batch_invariant)
+    config = paged_configs.choose(rows, k_cache.dtype, q.dtype, head_dim, call.batch_invariant)
     search = rows > config.block_m
     blocks = triton.cdiv(tokens * groups, config.block_m) + batch if search else batch
     splits = paged_configs.splits(blocks * kv_heads, most_keys, config, call.batch_invariant)
@@ -364,8 +364,3 @@ def _launch(
 
 def pages_of(x: Tensor | None) -> Pages:
     return Pages(None, 0, 0, 0) if x is None else Pages(x, *x.stride()[:3])
-
-
-def _widest(q: Tensor, cache: Tensor) -> int:
-    """Bytes of a number: of a cached one, but a product of float32 takes registers as if all were."""
-    return 4 if q.dtype == torch.float32 else cache.element_size()

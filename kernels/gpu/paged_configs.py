@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 
 from kernels.gpu.target import architecture, multiprocessors
@@ -33,21 +34,23 @@ class Config(NamedTuple):
     resident: int
 
 
-# By rows: up to 16 and 32 is decoding, more is prompts. Keys are (architecture, rows, bytes of a cached head in units
-# of 128 B, rounded up to a power of two). What a GPU lacks it takes from the architecture before.
+# Keys are (architecture, rows, units of 128 bytes of a cached head, rounded up to a power of two). 16 and 32 rows
+# decode; 128 are of prompts, 64 of prompts in float32. What is missing an architecture takes from its FALLBACK.
 TABLE: dict[tuple[str, int, int], Config] = {
-    ("sm80", 16, 1): Config(16, 128, 4, 3, 3, 3),
+    ("sm80", 16, 1): Config(16, 64, 4, 4, 4, 4),
     ("sm80", 16, 2): Config(16, 64, 4, 3, 3, 3),
     ("sm80", 16, 4): Config(16, 32, 4, 3, 3, 3),
     ("sm80", 16, 8): Config(16, 16, 4, 3, 3, 2),
     ("sm80", 32, 1): Config(32, 64, 4, 3, 3, 3),
-    ("sm80", 32, 2): Config(32, 64, 4, 3, 2, 2),
-    ("sm80", 32, 4): Config(32, 32, 4, 3, 2, 2),
-    ("sm80", 32, 8): Config(32, 16, 4, 2, 2, 2),
+    ("sm80", 32, 2): Config(32, 64, 4, 3, 3, 2),
+    ("sm80", 32, 4): Config(32, 32, 4, 3, 3, 2),
+    ("sm80", 32, 8): Config(32, 16, 4, 3, 3, 2),
+    ("sm80", 64, 2): Config(64, 32, 4, 2, 1, 2),
+    ("sm80", 64, 4): Config(16, 32, 4, 2, 2, 2),
+    ("sm80", 64, 8): Config(16, 16, 8, 2, 2, 1),
     ("sm80", 128, 1): Config(128, 64, 8, 3, 2, 1),
     ("sm80", 128, 2): Config(64, 64, 4, 2, 1, 2),
     ("sm80", 128, 4): Config(64, 32, 8, 2, 1, 1),
-    ("sm80", 128, 8): Config(16, 16, 4, 1, 1, 1),
     ("sm90", 128, 1): Config(128, 64, 8, 3, 2, 1),
     ("sm90", 128, 2): Config(128, 64, 8, 3, 2, 1),
     ("sm90", 128, 4): Config(64, 32, 8, 2, 1, 1),
@@ -55,19 +58,18 @@ TABLE: dict[tuple[str, int, int], Config] = {
 FALLBACK = {"sm90": "sm80", "sm89": "sm80", "sm86": "sm80", "gfx942": "sm80"}
 
 
-def choose(rows: int, head_bytes: int, invariant: bool) -> Config:
-    """rows: the most of a sequence, queries times heads that share a kv head. head_bytes: of a cached key, or of a
-    query's if those are wider."""
-    if invariant:
-        size, rows = INVARIANT_ROWS, INVARIANT_ROWS
-    else:
-        size = 16 if rows <= 16 else 32 if rows <= 32 else 128
+def choose(rows: int, cached: torch.dtype, queries: torch.dtype, head_dim: int, invariant: bool) -> Config:
+    """rows: the most of a sequence, queries times heads that share a kv head. Then the dtypes of cache and queries."""
+    wide = queries == torch.float32
+    size = INVARIANT_ROWS if invariant or 16 < rows <= 32 else 16 if rows <= 16 else 64 if wide else 128
     arch = architecture()
     if arch == "interpreter":
-        return Config(size if size <= 32 else 64, 32, 4, 1, 1, 1)
-    width = min(8, max(1, triton.next_power_of_2(math.ceil(head_bytes / 128))))
+        return Config(min(size, 64), 32, 4, 1, 1, 1)
+    # A product of float32 takes registers as if its operands were stored as that.
+    units = math.ceil(head_dim * (4 if wide else cached.itemsize) / 128)
+    width = min(8, max(2 if size == 64 else 1, triton.next_power_of_2(units)))
     while (arch, size, width) not in TABLE:
-        arch = FALLBACK.get(arch, "sm80" if arch.startswith("sm") else "gfx942")
+        arch, width = FALLBACK.get(arch, "sm80"), width if arch in FALLBACK else width // 2
     return TABLE[arch, size, width]
 
 
