@@ -23,21 +23,25 @@ class RelativeBias:
         the query get half of the buckets; else they count as distance 0.
 
     Make one object a forward pass, outside what is checkpointed, and share it between layers: ``distance_bias`` is
-    computed here, once, and carries the gradient back to the table.
+    computed here, once, and carries the gradient back to the table. Where the table does not change, as in serving, one
+    object a model serves all steps.
     Raises ValueError for a table or a max_distance without buckets.
     """
 
     table: Tensor
     max_distance: int
     bidirectional: bool
-    distance_bias: Tensor = field(init=False)  # (heads, 2 * max_distance + 1), for distances from -max_distance
+    # (heads, 2 * max_distance + 1), for distances from -max_distance on; float32 or wider, as all kernels want it.
+    distance_bias: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         if self.table.dim() != 2:
             raise ValueError(f"a relative bias's table must be (num_buckets, heads), got {tuple(self.table.shape)}")
         find = relative_buckets if torch.compiler.is_compiling() else _relative_buckets_once
         buckets = find(self.table.shape[0], self.max_distance, self.bidirectional, self.table.device)
-        object.__setattr__(self, "distance_bias", self.table.index_select(0, buckets).t().contiguous())
+        precision = torch.promote_types(self.table.dtype, torch.float32)
+        rows = self.table.index_select(0, buckets).t().to(precision).contiguous()
+        object.__setattr__(self, "distance_bias", rows)
 
 
 def relative_buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:

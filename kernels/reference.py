@@ -111,16 +111,64 @@ def paged_attention(
     causal: bool = True,
     softmax_scale: float | None = None,
     options: ScoreOptions | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention over a paged cache, a sequence at a time: see ``kernels.paged_attention.paged_attention``."""
     out = torch.empty_like(q)
     bounds = cu_seqlens_q.tolist()
+    out[bounds[-1] :] = 0  # padding
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         length = int(cache_seqlens[i])
-        k, v = (c[block_table[i].long()].flatten(0, 1)[None, :length] for c in (k_cache, v_cache))
+        table = block_table[i, : -(-length // k_cache.shape[1])].long()
+        cached = read_cache(k_cache, table, k_scale), read_cache(v_cache, table, v_scale)
+        k, v = (x.flatten(0, 1)[None, :length] for x in cached)
         queries = q[None, start:end]
         out[start:end] = attention(queries, k, v, causal=causal, softmax_scale=softmax_scale, options=options)[0][0]
     return out
+
+
+def read_cache(cache: Tensor, blocks: Tensor, scale: Tensor | None) -> Tensor:
+    """What some blocks of a cache hold, in its dtype, or float32 where that is a byte: (..., *cache.shape[1:])."""
+    if cache.dtype is torch.float8_e4m3fn:
+        return cache.view(torch.uint8)[blocks].view(cache.dtype).float()
+    return cache[blocks] if scale is None else cache[blocks].float() * scale[blocks].unsqueeze(-1)
+
+
+def append_to_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    q: Tensor | None = None,
+) -> None:
+    """See ``kernels.paged_attention.append_to_cache``; angles are (tokens, rotated / 2)."""
+    if cos is not None and sin is not None:
+        cos, sin = cos[:, None], sin[:, None]
+        precision = torch.promote_types(k.dtype, torch.float32)
+        k = rotate(k.to(precision), cos, sin, interleaved=interleaved)
+        if q is not None:
+            q.copy_(rotate(q.to(precision), cos, sin, interleaved=interleaved))
+    stored = slots >= 0
+    places = slots[stored].div(k_cache.shape[1], rounding_mode="floor"), slots[stored] % k_cache.shape[1]
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        new = x[stored]
+        if scale is not None:
+            largest = new.float().abs().amax(-1)
+            scale[places] = largest / 127
+            factor = torch.where(largest > 0, 127 / largest, 0.0)
+            cache[places] = (new.float() * factor[..., None]).round().to(torch.int8)
+        elif cache.dtype is torch.float8_e4m3fn:
+            cache.view(torch.uint8)[places] = new.float().clamp(-448, 448).to(cache.dtype).view(torch.uint8)
+        else:
+            cache[places] = new.to(cache.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,5 @@
 """Repairs of the interpreter of triton 3.6.0, which multiplies bfloat16 as raw bits, truncates where it should round,
-breaks on numpy 2.4's scalars, and patches the language again in every nested call.
+makes wrong float8 of float32, breaks on numpy 2.4's scalars, and patches the language again in every nested call.
 
 Import it after TRITON_INTERPRET is set and before a kernel runs; ``install`` does nothing to other versions.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 
 REPAIRED = "3.6.0"
@@ -42,6 +43,12 @@ def narrow(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Floats as float8_e4m3fn bits (uint8), rounded to nearest, ties to even, and saturated, as on a GPU."""
+    wide = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448, 448)
+    return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def _repair_bfloat16(interpreter: Any) -> None:
@@ -89,6 +96,8 @@ def _repair_bfloat16(interpreter: Any) -> None:
         ours = (tl.bfloat16, tl.float16, tl.float32, tl.float64)
         if src.dtype.scalar in ours and dst_type.scalar in ours:
             return cast_impl(self, src, dst_type)
+        if src.dtype.scalar in ours and dst_type.scalar == tl.float8e4nv:
+            return Handle(eight_bits(widened(src).data), tl.float8e4nv)
         return convert(self, src, dst_type, rounding_mode)
 
     builder.create_fp_to_fp = create_fp_to_fp

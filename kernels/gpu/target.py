@@ -31,3 +31,10 @@ def multiprocessors() -> int:
     if INTERPRETED:
         return 2
     return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
+
+
+@functools.cache
+def serves_float8() -> bool:
+    """Whether e4m3 has instructions here: on NVIDIA's from sm89 on, and in the interpreter."""
+    name = architecture()
+    return name == "interpreter" or (name.startswith("sm") and int(name[2:]) >= 89)
