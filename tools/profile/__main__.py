@@ -18,8 +18,8 @@ from tools.profile.options import MODES, PRECISIONS, Options, known, listed, num
 
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report, which prints its
 # rows as they are measured. OPTIONS are those of SOME that it takes, and "shape" where run() reads the shapes' names
-# itself, and has others than SHAPES; MODES and WEIGHTS (of --precision), if there, are others than all; SECONDS, if there,
-# is what --seconds is by default; WORKLOADS, if there, are more operations, of which --workload chooses one.
+# itself, and has others than SHAPES; MODES and WEIGHTS (of --precision), if there, are others than all; SECONDS, if
+# there, is what --seconds is by default; WORKLOADS, if there, are more operations, of which --workload chooses one.
 NAMES = (
     "attention", "paged_attention", "linear", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy",
     "sampling", "load", "train", "engine",

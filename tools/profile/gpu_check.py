@@ -16,7 +16,7 @@ from models import DecoderOnly, EncoderDecoder
 CHECKED = 4  # outputs of a batch, spread over it
 # Standard deviations of the logits, within which rounding may order two tokens either way; a token at random is four
 # below the best. Of weights in a few bits, whose products may be rounded otherwise in a batch.
-TIES = {"fp32": 1e-3, "bf16": 0.25, "int8": 0.5, "int4": 1.0}
+TIES = {"fp32": 1e-3, "bf16": 0.5, "int8": 0.75, "int4": 1.5}
 
 
 @dataclass(frozen=True)

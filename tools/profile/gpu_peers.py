@@ -30,7 +30,7 @@ class PeerAnswer:
 
 
 def peer_answers(asked: dict[str, Any], python: str, seconds: float) -> Iterator[PeerAnswer]:
-    """What the peer's process says of every case, not compiled and compiled; those that it had no time for come last."""
+    """What the peer's process says of every case, not compiled and compiled; those it had no time for come last."""
     left = {(compiled, case): "" for compiled in (False, True) for case in range(len(asked["cases"]))}
     with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as errors:
         json.dump(asked, given)

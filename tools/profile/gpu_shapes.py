@@ -15,7 +15,7 @@ from torch import nn
 
 from models import DecoderOnly, EncoderDecoder, TransformerConfig, build_model
 from models.families import family_of
-from models.layers import Attention
+from models.layers import Attention, FeedForward
 from models.positions import RelativePositions
 
 SENTENCE, ARTICLE = (32, 32), (260, 440)  # tokens of a prompt or source: the least and the most
@@ -101,13 +101,23 @@ def make_model(shape: GpuShape, device: torch.device, dtype: torch.dtype) -> Dec
 
 @torch.no_grad()
 def _enliven(model: DecoderOnly | EncoderDecoder) -> None:
-    """A fresh model's biases are zero, and unscaled scores of its heads so far apart that rounding decides over tokens:
-    all biases are drawn, and queries shrunk where nothing else scales what they meet."""
+    """Greedy search on a fresh model repeats one token: what all tokens have in common adds up from block to block.
+
+    So attention looks at few tokens, feed-forwards are large, and rid of what their activations' mean gives; all that
+    a fresh model has as zero is drawn.
+    """
+    post = model.config.norm_place == "post"
     for module in model.modules():
         if isinstance(module, RelativePositions):
             nn.init.normal_(module.table)
         elif isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.normal_(module.bias, std=0.1)
-        if isinstance(module, Attention) and model.config.softmax_scale == 1:
+        if isinstance(module, Attention):
             queries = module.q if module.cross else module.qkv
-            queries.weight[: module.heads * module.head_dim] *= module.head_dim**-0.5
+            unscaled = model.config.softmax_scale == 1
+            queries.weight[: module.heads * module.head_dim] *= 2 * (module.head_dim**-0.5 if unscaled else 1)
+            module.out.weight *= 0.3 if post else 1
+        elif isinstance(module, FeedForward):
+            module.up.weight *= 1 if post else 2
+            module.down.weight *= 2 if post else 4
+            module.down.weight -= module.down.weight.mean(1, keepdim=True)
