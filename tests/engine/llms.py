@@ -16,6 +16,7 @@ from engine.options import resolve_device
 from models import DecoderOnly, EncoderDecoder
 from models.tokenizer import Tokenizer
 
+ROOM = 256 << 20  # bytes of a GPU's memory, which many processes share; all that tests need
 DEVICE = resolve_device(os.environ.get("TANDEM_TEST_DEVICE", "cpu")).type
 
 
@@ -24,11 +25,15 @@ def llm_of(model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer | None = No
     device = "cpu" if options.get("backend") == "native" else DEVICE
     if next(model.parameters()).device.type != device:
         model = copy.deepcopy(model).to(device)
-    return LLM.from_model(model, tokenizer, device=device, **options)
+    return LLM.from_model(model, tokenizer, device=device, **(_room(device) | options))
 
 
 def llm_from(folder: Path, **options: Any) -> LLM:
-    return LLM(folder, device=DEVICE, dtype="float32", **options)
+    return LLM(folder, device=DEVICE, dtype="float32", **(_room(DEVICE) | options))
+
+
+def _room(device: str) -> dict[str, Any]:
+    return {} if device == "cpu" else {"kv_cache_memory_bytes": ROOM}
 
 
 def within(tolerance: float) -> float:

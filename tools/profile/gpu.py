@@ -89,7 +89,7 @@ class Measuring:
     ) -> None:
         self.name, self.shape, self.device, self.copy = name, shape, device, copy
         self.options, self.report = options, report
-        self.floats = "bf16" if device.type == "cuda" else "fp32"
+        self.floats = floats_of("", device)
         self.speeds: dict[tuple[str, int, int], float] = {}  # ours, by precision, beams and batch
 
     def measure(self) -> None:
@@ -193,7 +193,7 @@ class Measuring:
         assert config.kv_heads is not None and config.head_dim is not None
         given = sum(map(len, case.prompts))
         own = case.batch * case.beams * case.new_tokens // 2
-        a_token = 2 * config.depth * config.kv_heads * config.head_dim * BYTES[self.floats]
+        a_token = 2 * config.depth * config.kv_heads * config.head_dim * BYTES[floats_of(case.precision, self.device)]
         return (weights * BYTES[case.precision] + (given + own) * a_token) / self.copy
 
     def where(self, case: Case) -> str:
@@ -209,8 +209,10 @@ class Ours:
 
     def __init__(self, shape: GpuShape, device: torch.device, cases: list[Case]) -> None:
         precision, beams = cases[0].precision, cases[0].beams
-        dtype = torch.float32 if precision == "fp32" or device.type == "cpu" else torch.bfloat16
-        self.model: DecoderOnly | EncoderDecoder = make_model(shape, device, dtype)
+        self.model: DecoderOnly | EncoderDecoder = make_model(
+            shape, device, ceilings.DTYPES[floats_of(precision, device)]
+        )
+        _free(device)
         self.weights = Model.of(self.model).weights
         quantized: dict[str, Any] = {"quantization": precision} if precision in ("int8", "int4") else {}
         longest = max(len(prompt) for case in cases for prompt in case.prompts)
@@ -250,6 +252,11 @@ class Ours:
             source, prompt = output.encoder_prompt_token_ids, output.prompt_token_ids
             found.append(Output(source, prompt, best.token_ids, best.cum_logprob))
         return found
+
+
+def floats_of(precision: str, device: torch.device) -> str:
+    """What a model is in beside weights of a few bits, its cache too: unless the precision says, the device's usual."""
+    return precision if precision in ceilings.DTYPES else ("bf16" if device.type == "cuda" else "fp32")
 
 
 def speeds(case: Case, rounds: Timed) -> list[float]:
