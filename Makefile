@@ -61,23 +61,24 @@ gpu-build:
 	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps $(WHEELS)/*.whl)
 	$(PYTHON) setup.py -q build_ext --inplace
 
-# Triton's compiler is what the tests wait for: eight processes, and a limit for each test, where pytest's plugins are
-# there. What remains for the CPU, the C++ core's tests and those that compile for no device, is left out.
+# Triton's compiler is what the tests wait for: eight processes, each with tests that belong together, and a limit for each
+# test, where pytest's plugins are there. What remains for the CPU, the C++ core's tests and those that compile for no device, is left out.
 KERNEL_TESTS = $(filter-out %/test_budgets.py %/test_sampling.py,$(wildcard tests/kernels/test_*.py))
 ENGINE_TESTS = $(filter-out %/test_native_decoding.py %/test_native_fuzz.py %/test_native_invariance.py \
 	%/test_speculation.py %/test_endurance.py %/test_beam_search.py %/test_structured_outputs.py,$(wildcard tests/engine/test_*.py))
 PLUGINS = $(shell $(PYTHON) -c 'from importlib.util import find_spec as has; \
-	print("-n 8" if has("xdist") else "", "--timeout=90" if has("pytest_timeout") else "")')
+	print("-n 8 --dist=worksteal" if has("xdist") else "", "--timeout=90" if has("pytest_timeout") else "")')
 
 # $(call tested,NAME,SECONDS,FILES): an interrupt, unlike the end of the time, leaves the results so far in the XML file.
 tested = OMP_NUM_THREADS=1 PYTHONHASHSEED=0 TANDEM_TEST_DEVICE=$(TEST_DEVICE) timeout --signal=INT --kill-after=15 $(2) $(PYTHON) -m pytest -vv -rfE --tb=short \
 	-m "not slow" -p no:cacheprovider --continue-on-collection-errors $(PLUGINS) --junitxml=$(RESULTS)/$(1).xml $(3)
 
-gpu-test: gpu-test-kernels gpu-test-engine
+gpu-test:
+	@failed=0; for part in kernels engine; do $(MAKE) gpu-test-$$part || failed=1; done; exit $$failed
 
 gpu-test-kernels:
 	mkdir -p $(RESULTS)
-	$(call tested,gpu-test-kernels,280,tests/test_gpu.py tests/train/test_triton_training.py $(KERNEL_TESTS))
+	$(call tested,gpu-test-kernels,270,tests/test_gpu.py tests/train/test_triton_training.py $(KERNEL_TESTS))
 
 gpu-test-engine:
 	mkdir -p $(RESULTS)
@@ -106,11 +107,11 @@ gpu-bench:
 # One model at a time: what it leaves behind, of memory or of broken state, the next one does not meet.
 gpu-engine:
 	$(begin_measuring)
-	$(call measure,engine_flan_t5_xl,85,engine --workload gpu --shape flan-t5-xl)
+	$(call measure,engine_flan_t5_xl,110,engine --workload gpu --shape flan-t5-xl --seconds 80)
 	$(call measure,engine_bart_large_cnn,60,engine --workload gpu --shape bart-large-cnn --seconds 40)
 	$(call measure,engine_phi,40,engine --workload gpu --shape phi-1.5 --seconds 25)
-	$(call measure,engine_t5_base,140,engine --workload gpu --shape t5-base --against transformers)
-	$(call measure,engine_gpt2,140,engine --workload gpu --shape gpt2 --against transformers)
+	$(call measure,engine_t5_base,125,engine --workload gpu --shape t5-base --against transformers --seconds 50)
+	$(call measure,engine_gpt2,125,engine --workload gpu --shape gpt2 --against transformers --seconds 50)
 	@$(end_measuring)
 
 gpu-train:
