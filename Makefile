@@ -1,4 +1,4 @@
-# make demo | test | test-slow | bench | lint | sanitize | sanitize-quick | env | gpu; variables: PYTHON, TORCH_INDEX_URL, RESULTS, WHEELS
+# make demo | test | test-slow | bench | lint | sanitize | sanitize-quick | env | gpu; variables: PYTHON, TORCH_INDEX_URL, RESULTS, WHEELS, TEST_DEVICE
 PYTHON ?= python3
 RESULTS ?= docs/gpu
 TEST_DEVICE ?= cuda
