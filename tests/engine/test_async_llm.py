@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from engine import LLM, AsyncLLM, BeamSearchParams, EngineDeadError, RequestOutput, SamplingParams
+from engine import AsyncLLM, BeamSearchParams, EngineDeadError, RequestOutput, SamplingParams
 from tests.conftest import tiny_model
+from tests.engine.llms import llm_of
 
 LONG = SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture(params=["encoder_decoder", "decoder_only"])
 def served(request: pytest.FixtureRequest) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(LLM.from_model(tiny_model(request.param), None, device="cpu", max_num_seqs=6))
+    llm = AsyncLLM(llm_of(tiny_model(request.param), max_num_seqs=6))
     yield llm
     llm.shutdown()
 

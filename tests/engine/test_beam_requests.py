@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import LLM, BeamSearchParams, BeamSequence, SamplingParams
+from engine import BeamSearchParams, BeamSequence, SamplingParams
 from models import DecoderOnly, EncoderDecoder
 from models.config import EOS_ID
 from tests.conftest import tiny_model
+from tests.engine.llms import DEVICE, llm_from, llm_of
 
 LENGTHS = [1, 17, 5, 33, 16, 15]  # around block_size, ragged
 Prompt = dict[str, list[int]]
@@ -99,7 +100,7 @@ def test_beams_through_the_cache_are_those_of_a_plain_search(architecture: str) 
     model = decisive_model(architecture)
     expected = [plain_search(model, p["prompt_token_ids"], own) for p, own in zip(prompts(), PARAMS, strict=True)]
     for block_size in (1, 4, 16):
-        llm = LLM.from_model(model, None, device="cpu", block_size=block_size)
+        llm = llm_of(model, block_size=block_size)
         for output, best in zip(llm.beam_search(prompts(), PARAMS), expected, strict=True):
             assert answers(output.sequences) == [ids for _, ids in best]
             assert [each.score for each in output.sequences] == pytest.approx([score for score, _ in best], abs=1e-4)
@@ -108,10 +109,10 @@ def test_beams_through_the_cache_are_those_of_a_plain_search(architecture: str) 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 def test_a_search_does_not_notice_what_runs_beside_it(architecture: str) -> None:
     model = decisive_model(architecture)
-    llm = LLM.from_model(model, None, device="cpu", block_size=4)
+    llm = llm_of(model, block_size=4)
     alone = [llm.beam_search(prompt, own)[0].sequences for prompt, own in zip(prompts(), PARAMS, strict=True)]
     for options in ({"backend": "torch"}, {"backend": "reference"}, {"max_num_seqs": 8}):
-        queued = LLM.from_model(model, None, device="cpu", **options).beam_search(prompts(), PARAMS)
+        queued = llm_of(model, **options).beam_search(prompts(), PARAMS)
         assert [answers(output.sequences) for output in queued] == [answers(each) for each in alone]
     sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=40, ignore_eos=True)
     free = llm.generate(prompts(), sampling, use_tqdm=False)
@@ -128,7 +129,7 @@ def test_a_search_does_not_notice_what_runs_beside_it(architecture: str) -> None
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 def test_every_block_and_row_is_free_again(architecture: str) -> None:
-    llm = LLM.from_model(decisive_model(architecture), None, device="cpu", block_size=4)
+    llm = llm_of(decisive_model(architecture), block_size=4)
     cache = llm.engine.cache
     before = cache.pool.num_available, cache.num_free_rows
     llm.beam_search(prompts(), PARAMS)
@@ -138,7 +139,7 @@ def test_every_block_and_row_is_free_again(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 def test_one_beam_is_greedy_decoding(architecture: str) -> None:
-    llm = LLM.from_model(decisive_model(architecture), None, device="cpu")
+    llm = llm_of(decisive_model(architecture))
     greedy = llm.generate(prompts(), SamplingParams(temperature=0, max_tokens=15, logprobs=0), use_tqdm=False)
     searched = llm.beam_search(prompts(), BeamSearchParams(1, max_tokens=15, length_penalty=2.0))
     for output, expected in zip(searched, (each.outputs[0] for each in greedy), strict=True):
@@ -149,7 +150,7 @@ def test_one_beam_is_greedy_decoding(architecture: str) -> None:
 
 
 def test_an_output_says_what_was_asked_and_found(model_folder: Path) -> None:
-    llm = LLM(model_folder, device="cpu")
+    llm = llm_from(model_folder)
     assert llm.tokenizer is not None
     (output,) = llm.beam_search("abc", BeamSearchParams(3, max_tokens=6))
     source = output.encoder_prompt_token_ids if llm.config.is_encoder_decoder else output.prompt_token_ids
@@ -165,9 +166,9 @@ def test_an_output_says_what_was_asked_and_found(model_folder: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 def test_a_search_that_is_not_finite_fails_alone(architecture: str) -> None:
-    model = decisive_model(architecture)
+    model = decisive_model(architecture).to(DEVICE)
     stack = model.encoder if isinstance(model, EncoderDecoder) else model.decoder
-    llm = LLM.from_model(model, None, device="cpu", block_size=4)
+    llm = llm_of(model, block_size=4)
     asked, params = prompts()[:3], BeamSearchParams(3, max_tokens=8)
     expected = [answers(output.sequences) for output in llm.beam_search(asked, params)]
     broken = next(i for i in range(4, 60) if not any(i in ids for each in expected for ids in each))
@@ -182,7 +183,7 @@ def test_a_search_that_is_not_finite_fails_alone(architecture: str) -> None:
 
 
 def test_a_search_that_is_interrupted_frees_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = LLM.from_model(decisive_model("decoder_only"), None, device="cpu")
+    llm = llm_of(decisive_model("decoder_only"))
     free = llm.engine.cache.num_free_rows
     run, steps = llm.engine.runner.logits, iter(range(3))
 
@@ -211,7 +212,7 @@ def test_a_search_that_is_interrupted_frees_the_engine(monkeypatch: pytest.Monke
 )
 def test_what_cannot_run_is_a_sentence(params: Any, message: str) -> None:
     small = {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 16}
-    llm = LLM.from_model(tiny_model("decoder_only"), None, device="cpu", **small)
+    llm = llm_of(tiny_model("decoder_only"), **small)
     with pytest.raises(ValueError, match=message):
         llm.beam_search(prompts()[:3:2], params)
     assert not llm.engine.has_unfinished_requests()

@@ -11,13 +11,14 @@ from models import EncoderDecoder
 from models.config import EOS_ID
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
+from tests.engine.llms import llm_of
 from tests.engine.test_beam_requests import decisive_model, log_probs, prompts
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 
 
 def engine(architecture: str, **options: Any) -> LLM:
-    return LLM.from_model(decisive_model(architecture), None, device="cpu", **options)
+    return llm_of(decisive_model(architecture), **options)
 
 
 def plain_groups(model: Any, prompt: list[int], params: BeamSearchParams) -> list[tuple[float, list[int]]]:
@@ -97,7 +98,7 @@ def test_a_search_that_is_watched_shows_what_is_settled(architecture: str) -> No
 
 
 def test_words_are_given_as_texts_and_text_is_streamed(tokenizer: Tokenizer) -> None:
-    llm = LLM.from_model(tiny_model("encoder_decoder", vocab_size=tokenizer.vocab_size), tokenizer, device="cpu")
+    llm = llm_of(tiny_model("encoder_decoder", vocab_size=tokenizer.vocab_size), tokenizer)
     params = BeamSearchParams(3, max_tokens=12, force_words=["xyz", "세계"])
     text = "".join(delta.text for delta in llm.stream("abc", params))
     assert "xyz" in text and "세계" in text

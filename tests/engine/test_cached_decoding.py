@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import LLM, SamplingParams
+from engine import SamplingParams
 from models import EncoderDecoder
 from tests.conftest import tiny_model
+from tests.engine.llms import llm_of, within
 
 LENGTHS = [1, 17, 5, 33, 16]  # around block_size, ragged
 SHAPES: list[dict[str, object]] = [
@@ -37,7 +38,7 @@ def test_cached_decoding_of_a_ragged_batch_equals_a_full_forward_pass(
     architecture: str, shape: dict[str, object]
 ) -> None:
     model = tiny_model(architecture, **shape)
-    llm = LLM.from_model(model, None, device="cpu")
+    llm = llm_of(model)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=0)
     for prompt, result in zip(prompts(), llm.generate(prompts(), params, use_tqdm=False), strict=True):
         completion = result.outputs[0]
@@ -45,7 +46,9 @@ def test_cached_decoding_of_a_ragged_batch_equals_a_full_forward_pass(
         assert completion.token_ids == logits.argmax(-1).tolist()
         assert completion.logprobs is not None
         cached = [entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)]
-        torch.testing.assert_close(torch.tensor(cached), logits.log_softmax(-1).amax(-1), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(
+            torch.tensor(cached), logits.log_softmax(-1).amax(-1), atol=within(2e-5), rtol=within(2e-5)
+        )
 
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
@@ -53,9 +56,7 @@ def test_every_backend_decodes_the_same_even_when_requests_join_late(architectur
     model = tiny_model(architecture)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     outputs = [
-        LLM.from_model(model, None, device="cpu", backend=backend, max_num_seqs=2).generate(
-            prompts(), params, use_tqdm=False
-        )
+        llm_of(model, backend=backend, max_num_seqs=2).generate(prompts(), params, use_tqdm=False)
         for backend in ("native", "torch", "reference")
     ]
     tokens = [[o.outputs[0].token_ids for o in each] for each in outputs]
@@ -66,15 +67,15 @@ def test_every_backend_decodes_the_same_even_when_requests_join_late(architectur
 def test_a_request_gives_the_same_tokens_alone_and_among_others(architecture: str) -> None:
     model = tiny_model(architecture)
     params = SamplingParams(temperature=1.0, top_k=20, max_tokens=12, seed=7, ignore_eos=True)
-    together = LLM.from_model(model, None, device="cpu").generate(prompts(), params, use_tqdm=False)
-    queued = LLM.from_model(model, None, device="cpu", max_num_seqs=2).generate(prompts(), params, use_tqdm=False)
-    alone = [LLM.from_model(model, None, device="cpu").generate(p, params, use_tqdm=False)[0] for p in prompts()]
+    together = llm_of(model).generate(prompts(), params, use_tqdm=False)
+    queued = llm_of(model, max_num_seqs=2).generate(prompts(), params, use_tqdm=False)
+    alone = [llm_of(model).generate(p, params, use_tqdm=False)[0] for p in prompts()]
     tokens = [[output.outputs[0].token_ids for output in outputs] for outputs in (together, queued, alone)]
     assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_every_block_and_row_is_free_again_when_all_is_done() -> None:
-    llm = LLM.from_model(tiny_model("encoder_decoder"), None, device="cpu")
+    llm = llm_of(tiny_model("encoder_decoder"))
     cache = llm.engine.cache
     before = cache.pool.num_available, cache.num_free_rows
     llm.generate(prompts(), SamplingParams(max_tokens=5, n=3), use_tqdm=False)
@@ -88,11 +89,11 @@ def test_every_block_and_row_is_free_again_when_all_is_done() -> None:
 def test_a_small_cache_serves_requests_in_turn() -> None:
     model = tiny_model("decoder_only")
     block = 2 * 2 * 16 * 2 * 8 * 4  # k and v, layers, tokens, kv heads, head_dim, bytes
-    small = LLM.from_model(model, None, device="cpu", kv_cache_memory_bytes=4 * block)
+    small = llm_of(model, kv_cache_memory_bytes=4 * block)
     assert small.engine.cache.num_blocks == 4
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     queued = small.generate(prompts(), params, use_tqdm=False)
-    roomy = LLM.from_model(model, None, device="cpu").generate(prompts(), params, use_tqdm=False)
+    roomy = llm_of(model).generate(prompts(), params, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in queued] == [o.outputs[0].token_ids for o in roomy]
     with pytest.raises(ValueError, match="cache blocks"):
         small.generate(prompts(), SamplingParams(max_tokens=None, n=2), use_tqdm=False)

@@ -14,6 +14,7 @@ from kernels.sampling import SamplingBatch, sample
 from models import EncoderDecoder
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
+from tests.engine.llms import llm_of
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
@@ -21,7 +22,7 @@ OTHERS = [{"prompt_token_ids": [9, 10]}, {"prompt_token_ids": [30] * 20}]
 
 
 def engine(architecture: str, **options: Any) -> LLM:
-    return LLM.from_model(tiny_model(architecture), None, device="cpu", **options)
+    return llm_of(tiny_model(architecture), **options)
 
 
 def tokens(llm: LLM, **params: Any) -> list[int]:
@@ -58,7 +59,7 @@ def test_typical_sampling_of_almost_no_mass_takes_one_token(architecture: str) -
 
 def test_bad_words_never_come(tokenizer: Tokenizer) -> None:
     model = tiny_model("decoder_only", vocab_size=tokenizer.vocab_size)
-    llm = LLM.from_model(model, tokenizer, device="cpu")
+    llm = llm_of(model, tokenizer)
     params: dict[str, Any] = {"temperature": 3.0, "max_tokens": 60, "ignore_eos": True, "n": 8, "seed": 3}
     free = [c.text for c in llm.generate("a", SamplingParams(**params), use_tqdm=False)[0].outputs]
     word = free[0][5:7]
@@ -124,7 +125,7 @@ def test_prompt_log_probabilities_are_the_models(architecture: str) -> None:
     expected = logits.log_softmax(-1)
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, ignore_eos=True, n=2)
     for options in ({}, {"max_num_batched_tokens": 5, "max_num_seqs": 4}):
-        llm = LLM.from_model(model, None, device="cpu", **options)
+        llm = llm_of(model, **options)
         for _ in range(2):  # what is cached has no logits
             output = llm.generate(prompt, params, use_tqdm=False)[0]
             first, *rest = output.prompt_logprobs or []

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine import LLM, BeamSearchParams, SamplingParams
+from tests.engine.llms import llm_from
 from tests.models.small_families import CASES, ENCODER_DECODERS, build, rewrite_as_4x, save
 
 NUM_PROMPTS, NUM_TOKENS = 16, 64
@@ -30,7 +31,7 @@ def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = build(request.param)
     model.generation_config.eos_token_id = ENDS
     model.generation_config.forced_eos_token_id = None
-    return model, [LLM(folder, max_num_seqs=32, max_model_len=128) for folder in saved(model, tmp_path_factory)]
+    return model, [llm_from(folder, max_num_seqs=32, max_model_len=128) for folder in saved(model, tmp_path_factory)]
 
 
 def saved(model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -68,7 +69,7 @@ def test_greedy_tokens_are_those_of_transformers(case: tuple[str, Any, list[Path
     wanted = theirs.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False, num_beams=1)
     wanted = wanted[:, 1:] if seq2seq else wanted[:, inputs["input_ids"].shape[1] :]
     for folder in folders:
-        llm = LLM(folder, max_num_seqs=NUM_PROMPTS, max_model_len=192)
+        llm = llm_from(folder, max_num_seqs=NUM_PROMPTS, max_model_len=192)
         ours = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             SamplingParams(temperature=0, max_tokens=NUM_TOKENS),

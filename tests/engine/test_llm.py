@@ -16,11 +16,12 @@ from engine.batch import Batch
 from models import DecoderOnly, EncoderDecoder, load
 from models.tokenizer import Tokenizer, train_vocabulary
 from tests.conftest import TEXTS, tiny_model
+from tests.engine.llms import DEVICE, llm_from, llm_of
 
 
 @pytest.fixture
 def llm(model_folder: Path) -> LLM:
-    return LLM(model_folder, device="cpu")
+    return llm_from(model_folder)
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -94,7 +95,7 @@ class Scripted:
 
     def __init__(self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer, text: str) -> None:
         self.tokenizer, self.ids, self.step = tokenizer, [*tokenizer.encode_target(text), 2], 0
-        self.llm = LLM.from_model(model, tokenizer, device="cpu")
+        self.llm = llm_of(model, tokenizer)
         self.llm.engine.runner.logits = self.logits  # type: ignore[method-assign]
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -177,7 +178,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     model = tiny_model("decoder_only", tie_embeddings=False)
     with torch.no_grad():
         model.decoder.embedding.tokens.weight[50] = float("nan")
-    llm = LLM.from_model(model, None, device="cpu")
+    llm = llm_of(model)
     prompts = [{"prompt_token_ids": [5, 6]}, {"prompt_token_ids": [50]}, {"prompt_token_ids": [7]}]
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
@@ -190,7 +191,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
 
 
 def test_a_decoder_prompt_starts_the_target() -> None:
-    llm = LLM.from_model(tiny_model("encoder_decoder"), None, device="cpu")
+    llm = llm_of(tiny_model("encoder_decoder"))
     prompt = {
         "encoder_prompt": {"prompt_token_ids": [5, 6, 7]},
         "decoder_prompt": {"prompt_token_ids": [9, 10]},
@@ -201,13 +202,13 @@ def test_a_decoder_prompt_starts_the_target() -> None:
 
 
 def test_an_empty_source_is_answered(tokenizer: Tokenizer) -> None:
-    llm = LLM.from_model(tiny_model("encoder_decoder", vocab_size=tokenizer.vocab_size), tokenizer, device="cpu")
+    llm = llm_of(tiny_model("encoder_decoder", vocab_size=tokenizer.vocab_size), tokenizer)
     assert llm.generate("", GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"
 
 
 def test_from_model_shares_the_live_weights() -> None:
-    model = tiny_model("decoder_only")
-    llm = LLM.from_model(model, None, device="cpu")
+    model = tiny_model("decoder_only").to(DEVICE)
+    llm = llm_of(model)
     before = llm.generate({"prompt_token_ids": [5]}, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     with torch.no_grad():
         for parameter in model.parameters():
@@ -230,14 +231,14 @@ def test_from_model_shares_the_live_weights() -> None:
 )
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 def test_a_bad_prompt_is_refused_before_anything_runs(architecture: str, prompt: object, message: str) -> None:
-    llm = LLM.from_model(tiny_model(architecture), None, device="cpu")
+    llm = llm_of(tiny_model(architecture))
     with pytest.raises(ValueError, match=message):
         llm.generate([{"prompt_token_ids": [5]}, prompt], GREEDY, use_tqdm=False)  # type: ignore[list-item]
     assert not llm.engine.has_unfinished_requests()
 
 
 def test_an_empty_prompt_of_a_language_model_is_refused() -> None:
-    llm = LLM.from_model(tiny_model("decoder_only"), None, device="cpu")
+    llm = llm_of(tiny_model("decoder_only"))
     with pytest.raises(ValueError, match="empty"):
         llm.generate({"prompt_token_ids": []}, GREEDY)
 
@@ -312,7 +313,7 @@ def test_scoring_what_is_not_finite_leaves_nothing_behind(backend: str) -> None:
     model = tiny_model("decoder_only", tie_embeddings=False)
     with torch.no_grad():
         model.decoder.embedding.tokens.weight[50] = float("nan")
-    llm = LLM.from_model(model, None, device="cpu", backend=backend)
+    llm = llm_of(model, backend=backend)
     before = llm.generate({"prompt_token_ids": [5]}, GREEDY, use_tqdm=False)[0].outputs[0]
     with pytest.raises(ValueError, match="no finite logits for target 0"):
         llm.score([{"prompt_token_ids": [5]}], [[50] * 30])
@@ -333,7 +334,7 @@ def test_the_backend_asked_for_runs_the_encoder_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         kernels.attention.reference, "masked_attention", lambda *a, **k: seen.append(1) or packed(*a, **k)
     )
-    llm = LLM.from_model(tiny_model("encoder_decoder"), None, device="cpu", backend="reference")
+    llm = llm_of(tiny_model("encoder_decoder"), backend="reference")
     llm.engine.runner.encoder_hidden([[5, 6, 7]])
     assert seen
 

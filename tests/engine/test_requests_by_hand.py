@@ -10,13 +10,14 @@ import torch
 from engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from models import EncoderDecoder
 from tests.conftest import tiny_model
+from tests.engine.llms import llm_of, within
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def engine(architecture: str, **options: Any) -> LLM:
-    return LLM.from_model(tiny_model(architecture), None, device="cpu", **options)
+    return llm_of(tiny_model(architecture), **options)
 
 
 def prompt(number: int) -> dict[str, list[int]]:
@@ -113,12 +114,12 @@ def test_metrics_tell_what_is_going_on() -> None:
 def test_encoded_sources_are_the_encoders_hidden_states(backend: str) -> None:
     model = tiny_model("encoder_decoder")
     assert isinstance(model, EncoderDecoder)
-    llm = LLM.from_model(model, None, device="cpu", backend=backend, max_num_batched_tokens=16, max_num_seqs=4)
+    llm = llm_of(model, backend=backend, max_num_batched_tokens=16, max_num_seqs=4)
     prompts = [prompt(i) for i in range(7)]
     for asked, output in zip(prompts, llm.encode(prompts), strict=True):
         assert output.token_ids == asked["prompt_token_ids"]
         expected = model.encode(torch.tensor([output.token_ids]))[0]
-        torch.testing.assert_close(output.hidden, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.hidden, expected, atol=within(1e-5), rtol=within(1e-5))
     assert not any(llm.engine.cache.pool.holders)
     with pytest.raises(ValueError, match="no encoder"):
         engine("decoder_only").encode(prompts)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from engine import LLM, BeamSearchParams, SamplingParams
+from engine import BeamSearchParams, SamplingParams
 from engine.beam_requests import search_request
 from engine.engine import Engine
 from engine.request import Request
 from tests.conftest import tiny_model
 from tests.engine.hash_model import HashRunner, hash_engine, reader
+from tests.engine.llms import DEVICE, llm_of
 
 MAX_LEN = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -122,12 +123,12 @@ def test_what_was_used_last_is_kept_longest() -> None:
 
 
 def test_a_live_model_that_has_learned_finds_nothing_of_before() -> None:
-    model = tiny_model("encoder_decoder")
-    llm = LLM.from_model(model, None, device="cpu")
+    model = tiny_model("encoder_decoder").to(DEVICE)
+    llm = llm_of(model)
     prompt = {"encoder_prompt": ids(40), "decoder_prompt": ids(20)}
     before = llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     for parameter in model.parameters():
         parameter.data.mul_(-1.3)
     after = llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-    fresh = LLM.from_model(model, None, device="cpu").generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    fresh = llm_of(model).generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     assert after == fresh != before

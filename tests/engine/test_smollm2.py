@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from engine import LLM, SamplingParams
+from tests.engine.llms import llm_from
 
 QUESTIONS = [
     "What is the capital of France?", "Write a haiku about the sea.", "Explain photosynthesis to a child.",
@@ -33,7 +34,7 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="module")
 def llm(gguf: Path) -> LLM:
-    return LLM(gguf, max_num_seqs=len(QUESTIONS), max_model_len=512)
+    return llm_from(gguf, max_num_seqs=len(QUESTIONS), max_model_len=512)
 
 
 @pytest.fixture(scope="module")

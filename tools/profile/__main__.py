@@ -18,8 +18,8 @@ from tools.profile.options import MODES, PRECISIONS, Options, known, listed, num
 
 # An operation is a module with PEERS and SHAPES, each named by its keys, and run(options) -> Report, which prints its
 # rows as they are measured. OPTIONS are those of SOME that it takes, and "shape" where run() reads the shapes' names
-# itself, and has others than SHAPES; MODES, if there, are fewer than all; WORKLOADS, if there, are more operations, of
-# which --workload chooses one.
+# itself, and has others than SHAPES; MODES and WEIGHTS (of --precision), if there, are others than all; SECONDS, if
+# there, is what --seconds is by default; WORKLOADS, if there, are more operations, of which --workload chooses one.
 NAMES = (
     "attention", "paged_attention", "linear", "norm", "rotary", "activation", "cross_entropy", "linear_cross_entropy",
     "sampling", "load", "train", "engine",
@@ -84,9 +84,7 @@ def tuning(parsed: argparse.Namespace) -> int:
     if given:
         raise ValueError(f"--tune takes no --{given[0].replace('_', '-')}")
     writable("--json", parsed.json)
-    if not 0 < parsed.seconds < 1e6:
-        raise ValueError(f"--seconds must be a positive number, got {parsed.seconds}")
-    report = tune.run(listed(parsed.shape), parsed.seconds, parsed.json)
+    report = tune.run(listed(parsed.shape), seconds(parsed), parsed.json)
     report.finish()
     return 1 if report.failures else 0
 
@@ -104,8 +102,7 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
     """The options, checked before anything is measured."""
     if not 0 <= parsed.threads <= 1024:
         raise ValueError(f"--threads must be from 0 (torch's own) to 1024, got {parsed.threads}")
-    if not 0 < parsed.seconds < 1e6:
-        raise ValueError(f"--seconds must be a positive number, got {parsed.seconds}")
+    given_seconds = seconds(parsed, getattr(operation, "SECONDS", Options.seconds))
     for option in SOME:
         if getattr(parsed, option) and option not in operation.OPTIONS:
             workload = f"'s {parsed.workload or 'decode'}" if "workload" in operation.OPTIONS else ""
@@ -123,16 +120,23 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
         batches=numbers("--batch", parsed.batch),
         modes=known("mode", listed(parsed.mode), getattr(operation, "MODES", MODES)),
         dtypes=[DTYPES[name] for name in known("dtype", listed(parsed.dtype), DTYPES)],
-        precisions=known("precision", listed(parsed.precision), PRECISIONS),
+        precisions=known("precision", listed(parsed.precision), getattr(operation, "WEIGHTS", PRECISIONS)),
         prompt=number("--prompt", parsed.prompt) or Options.prompt,
         beams=number("--beams", parsed.beams),
         requests=number("--requests", parsed.requests) or Options.requests,
         rounds=number("--rounds", parsed.rounds),
         max_num_seqs=number("--max-num-seqs", parsed.max_num_seqs) or Options.max_num_seqs,
-        seconds=parsed.seconds,
+        seconds=given_seconds,
         json=parsed.json,
         peer_python=parsed.peer_python or sys.executable,
     )
+
+
+def seconds(parsed: argparse.Namespace, default: float = Options.seconds) -> float:
+    given = default if parsed.seconds is None else parsed.seconds
+    if not 0 < given < 1e6:
+        raise ValueError(f"--seconds must be a positive number, got {given}")
+    return given
 
 
 def peers(text: str, operation: ModuleType) -> list[str]:
@@ -174,13 +178,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", default="", metavar="N", help="tokens of a prompt or source (engine)")
     parser.add_argument("--beams", default="", metavar="N", help="width of a beam search (engine); greedy by default")
     parser.add_argument(
-        "--workload", default="", metavar="NAME", help="of engine: decode (the default), serving, beams or copying"
+        "--workload", default="", metavar="NAME", help="of engine: decode (the default), serving, beams, copying or gpu"
     )
     parser.add_argument("--requests", default="", metavar="N", help="how many come (serving); 256 by default")
-    parser.add_argument("--rounds", default="", metavar="N", help="to take medians of (serving, beams, copying)")
+    parser.add_argument("--rounds", default="", metavar="N", help="to take medians of (serving, beams, copying, gpu)")
     parser.add_argument("--max-num-seqs", default="", metavar="N", help="of ours (serving); 64 by default")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; torch's by default")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
+    parser.add_argument("--seconds", type=float, help="time for each measurement; of engine's gpu, each shape")
     parser.add_argument("--peer-python", metavar="PATH", help="Python of peers (load, engine)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file, row by row")
     parser.add_argument("--budget", action="store_true", help="what kernels take of a GPU, against budgets.json")

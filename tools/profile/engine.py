@@ -31,7 +31,7 @@ PRECISIONS = {
 PEERS = tuple(PRECISIONS)[1:]
 OPTIONS = ("workload", "shape", "batch", "precision", "prompt", "beams", "plot", "peer_python")
 # Each an operation too, with options of its own; the first is this one.
-WORKLOADS = {"decode": __name__} | {name: f"tools.profile.{name}" for name in ("serving", "beams", "copying")}
+WORKLOADS = {"decode": __name__} | {name: f"tools.profile.{name}" for name in ("serving", "beams", "copying", "gpu")}
 BATCHES = [1, 8, 32]
 NEW_TOKENS, ROUNDS = 64, 5
 

@@ -10,11 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import checkpoint
+from models import DecoderOnly, EncoderDecoder, checkpoint
 from tools.profile import ceilings
 from tools.profile.machine import Cell
 
-BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.5625}  # a weight; in int4 a 16-bit scale for 32 of them is part of it
+BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "int8": 1.0,
+    "int4": 0.5625,
+}  # a weight; in int4 a 16-bit scale for 32 of them is part of it
 
 TRIES = 5
 
@@ -55,7 +60,10 @@ class Model:
     @classmethod
     def read(cls, path: Path) -> Model:
         """Of a checkpoint's folder or GGUF file. Raises CheckpointError for what our engine cannot open."""
-        model, _ = checkpoint.load(path)
+        return cls.of(checkpoint.load(path)[0])
+
+    @classmethod
+    def of(cls, model: DecoderOnly | EncoderDecoder) -> Model:
         weights = model.lm_head.weight.numel()
         for name, module in model.decoder.named_modules():
             # Keys and values of the source are made once, before the first step.

@@ -28,7 +28,7 @@ class Options:
     requests: int = 256
     rounds: int | None = None
     max_num_seqs: int = 64
-    seconds: float = 0.5  # for each thing timed
+    seconds: float = 0.5  # for each thing timed, unless the operation says of what
     json: Path | None = None
     peer_python: str = sys.executable  # what peers in processes of their own run under
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 SHORTEST, LONGEST = 20, 100  # of prompts whose lengths differ
 
 
-def random_lengths(count: int) -> list[int]:
-    """Evenly spread over what a sentence or a short paragraph has."""
+def random_lengths(count: int, shortest: int = SHORTEST, longest: int = LONGEST) -> list[int]:
+    """Evenly spread; over what a sentence or a short paragraph has, unless given."""
     draw = random.Random(1)
-    return [draw.randint(SHORTEST, LONGEST) for _ in range(count)]
+    return [draw.randint(shortest, longest) for _ in range(count)]
 
 
 def random_prompts(lengths: Iterable[int], vocab_size: int) -> list[list[int]]:
