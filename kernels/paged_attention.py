@@ -16,7 +16,7 @@ if TRITON_DEVICE is not None:
     from kernels.gpu import cache_append as gpu_append
     from kernels.gpu import paged_attention as gpu
     from kernels.gpu.attention import MAX_HEAD_DIM
-    from kernels.gpu.target import serves_float8
+    from kernels.gpu.target import is_amd, serves_float8
 
 BACKENDS = ("triton", "native", "torch", "reference")
 APPEND_BACKENDS = ("triton", "torch", "reference")
@@ -241,7 +241,7 @@ def _available(
     bias = None if options is None else options.distance_bias
     no_gradient = _wants_no_gradient(q, k_cache, v_cache, bias)
     native = no_gradient and native_attention.serves(q, k_cache, v_cache, options)
-    triton = no_gradient and _triton_serves(q, k_cache, v_cache)
+    triton = no_gradient and _triton_serves(q, k_cache, v_cache) and not is_amd()  # whose compiler fails on it
     names = available(q.device, triton=triton, native=native)
     return tuple(name for name in names if name != "torch") if batch_invariant else names
 

@@ -35,7 +35,8 @@ class Config(NamedTuple):
 
 
 # Keys are (architecture, rows, units of 128 bytes of a cached head, rounded up to a power of two). 16 and 32 rows
-# decode; 128 are of prompts, 64 of prompts in float32. What is missing an architecture takes from its FALLBACK.
+# decode; 128 are of prompts, 64 of prompts in float32. What another
+# architecture has no entry for it takes from sm80.
 TABLE: dict[tuple[str, int, int], Config] = {
     ("sm80", 16, 1): Config(16, 64, 4, 4, 4, 4),
     ("sm80", 16, 2): Config(16, 64, 4, 3, 3, 3),
@@ -45,17 +46,17 @@ TABLE: dict[tuple[str, int, int], Config] = {
     ("sm80", 32, 2): Config(32, 64, 4, 3, 3, 2),
     ("sm80", 32, 4): Config(32, 32, 4, 3, 3, 2),
     ("sm80", 32, 8): Config(32, 16, 4, 3, 3, 2),
-    ("sm80", 64, 2): Config(64, 32, 4, 2, 1, 2),
+    ("sm80", 64, 2): Config(32, 32, 4, 2, 2, 2),
     ("sm80", 64, 4): Config(16, 32, 4, 2, 2, 2),
     ("sm80", 64, 8): Config(16, 16, 8, 2, 2, 1),
-    ("sm80", 128, 1): Config(128, 64, 8, 3, 2, 1),
-    ("sm80", 128, 2): Config(64, 64, 4, 2, 1, 2),
+    ("sm80", 128, 1): Config(128, 32, 8, 3, 2, 1),
+    ("sm80", 128, 2): Config(128, 32, 8, 3, 2, 1),
     ("sm80", 128, 4): Config(64, 32, 8, 2, 1, 1),
+    ("sm90", 64, 2): Config(64, 32, 4, 2, 1, 2),
     ("sm90", 128, 1): Config(128, 64, 8, 3, 2, 1),
     ("sm90", 128, 2): Config(128, 64, 8, 3, 2, 1),
     ("sm90", 128, 4): Config(64, 32, 8, 2, 1, 1),
 }
-FALLBACK = {"sm90": "sm80", "sm89": "sm80", "sm86": "sm80", "gfx942": "sm80"}
 
 
 def choose(rows: int, cached: torch.dtype, queries: torch.dtype, head_dim: int, invariant: bool) -> Config:
@@ -68,9 +69,10 @@ def choose(rows: int, cached: torch.dtype, queries: torch.dtype, head_dim: int, 
     # A product of float32 takes registers as if its operands were stored as that.
     units = math.ceil(head_dim * (4 if wide else cached.itemsize) / 128)
     width = min(8, max(2 if size == 64 else 1, triton.next_power_of_2(units)))
-    while (arch, size, width) not in TABLE:
-        arch, width = FALLBACK.get(arch, "sm80"), width if arch in FALLBACK else width // 2
-    return TABLE[arch, size, width]
+    if (arch, size, width) not in TABLE:
+        arch = "sm80"
+    # Prompts of heads too wide for a row of their own take the widest that has one.
+    return TABLE[arch, size, min(width, max(w for a, s, w in TABLE if (a, s) == (arch, size)))]
 
 
 def splits(programs: int, most_keys: int, config: Config, invariant: bool) -> int:

@@ -34,6 +34,11 @@ def multiprocessors() -> int:
 
 
 @functools.cache
+def is_amd() -> bool:
+    return architecture().startswith("gfx")
+
+
+@functools.cache
 def serves_float8() -> bool:
     """Whether e4m3 has instructions here: on NVIDIA's from sm89 on, and in the interpreter."""
     name = architecture()

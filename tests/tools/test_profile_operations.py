@@ -18,6 +18,8 @@ from tools.profile import (
     measure,
     norm,
     paged_attention,
+    paged_attention_gpu,
+    paged_attention_shapes,
     rotary,
     rows,
 )
@@ -109,9 +111,28 @@ def test_attention_over_caches_of_every_type_is_measured() -> None:
     assert shape.label == "2x3:20x4:2x16-bf16"
     pairs, cached, rows_moved = 18 + 19 + 20, 2 * 20 * 2 * 2, 2 * 3 * 4 * 4
     assert shape.work() == contenders.Work(4 * 2 * pairs * 4 * 16, 2 * 16 * (cached + rows_moved), reads=True)
-    for name in ("2x1:20x4:3x16", "2x21:20x4:4x16", "2x1:20x4:4x16-fp8", "decoding"):
+    for name in ("2x1:20x4:3x16", "2x21:20x4:4x16", "2x1:20x4:4x16-fp4", "decoding"):
         with pytest.raises(ValueError, match=f"unknown shape '{name}'"):
             paged_attention.shapes([name])
+    for name in ("2x1:20x4:4x16-fp8", "2x1:20x4:4x16-fp32-t5"):
+        with pytest.raises(ValueError, match="is measured on a GPU alone"):
+            paged_attention.run(options(shapes=[name]))
+
+
+@pytest.mark.skipif(TRITON_DEVICE != "cpu", reason="needs Triton's interpreter")
+def test_what_a_gpu_measures_of_paged_attention() -> None:
+    names = ["2x1:20x4:2x16-bf16", "2x3:20x4:4x16-int8", "1x1:20x2:2x16-fp8", "1x20:20x2:2x16-fp32-t5"]
+    report = paged_attention_gpu.run(options(shapes=names, against=["sdpa"]))
+    assert not report.failures
+    assert [(row["shape"], row["who"]) for row in report.rows] == [
+        (name, who) for name in names for who in ("tandem triton", "sdpa")
+    ]
+    for row in report.rows:
+        assert not row["note"]
+        assert row["TB/s"] == pytest.approx(row["bytes"] / row["us"] / 1e6)  # type: ignore[operator]
+    keys = 2 * 20 * 4 * (16 + 4)
+    assert report.rows[2]["bytes"] == 2 * (keys + 2 * 3 * 4 * 16 * 2)
+    assert all(shape.label for shapes in paged_attention_shapes.GPU_SHAPES.values() for shape in shapes)
 
 
 @pytest.mark.skipif(TRITON_DEVICE != "cpu", reason="needs Triton's interpreter")

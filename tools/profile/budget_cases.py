@@ -58,6 +58,62 @@ class Attention:
         gpu.backward(out, None, q, k, v, out, lse, *call, self.deterministic, *wants)
 
 
+@dataclass(frozen=True)
+class Paged:
+    """One call of attention over a paged cache, of which a layer is a view; one query a sequence, or many."""
+
+    head_dim: int
+    groups: int = 1
+    queries: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    cache: torch.dtype | None = None  # the queries', unless given
+    bias: bool = False
+    causal: bool = True
+    window: bool = False
+    softcap: bool = False
+    batch_invariant: bool = False
+
+    def __call__(self) -> None:
+        from kernels.gpu import paged_attention as gpu
+        from kernels.gpu.target import serves_float8
+
+        cache = self.cache or self.dtype
+        if cache == torch.float8_e4m3fn and not serves_float8():
+            return
+        heads, width = 4 * self.groups, 64
+        q = torch.zeros(4 * self.queries, heads, self.head_dim, dtype=self.dtype)
+        layer = torch.zeros(4, 2, 16, 4, self.head_dim).to(cache)[:, 1]
+        scale = torch.zeros(4, 2, 16, 4)[:, 1] if cache == torch.int8 else None
+        table, lengths = torch.zeros(4, width, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+        call = gpu.Call(
+            max_seqlen_q=self.queries,
+            causal=self.causal,
+            scale=0.125,
+            window=64 if self.window else None,
+            softcap=30.0 if self.softcap else 0.0,
+            slopes=None,
+            table=torch.zeros(heads, 257) if self.bias else None,
+            k_scale=scale,
+            v_scale=scale,
+            batch_invariant=self.batch_invariant,
+        )
+        gpu.paged_attention(q, layer, layer, table, lengths, torch.zeros(5, dtype=torch.int32), call)
+
+
+def cache_append(cache: torch.dtype, rotated: int = 0, interleaved: bool = False) -> None:
+    from kernels.gpu.cache_append import append
+    from kernels.gpu.target import serves_float8
+
+    if cache == torch.float8_e4m3fn and not serves_float8():
+        return
+    q, k, v = torch.zeros(16, 8 + 2 + 2, 128, dtype=torch.bfloat16).split((8, 2, 2), dim=1)
+    layer = torch.zeros(4, 2, 16, 2, 128).to(cache)[:, 1]
+    scale = torch.zeros(4, 2, 16, 2)[:, 1] if cache == torch.int8 else None
+    angles = torch.zeros(16, rotated // 2) if rotated else None
+    slots = torch.zeros(16, dtype=torch.int64)
+    append(k, v, layer, layer, slots, scale, scale, angles, angles, interleaved, q if rotated else None)
+
+
 def norm(width: int, *, center: bool = False, residual: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
     from kernels.gpu.norm import backward, forward
 
@@ -133,6 +189,35 @@ CASES: dict[str, Callable[[], None]] = {
     "attention/d64-fp32-causal": Attention(64, 32, causal=True),
     "attention/d128-fp32-t5": Attention(128, 32, bias="table"),
     "attention/d256-fp32": Attention(256, 32),
+    "paged_attention/d64": Paged(64),
+    "paged_attention/d64-grouped": Paged(64, 8),
+    "paged_attention/d64-t5": Paged(64, bias=True),
+    "paged_attention/d64-int8": Paged(64, cache=torch.int8),
+    "paged_attention/d64-fp32": Paged(64, dtype=torch.float32),
+    "paged_attention/d64-fp32-t5": Paged(64, dtype=torch.float32, bias=True),
+    "paged_attention/d80": Paged(80),
+    "paged_attention/d128": Paged(128),
+    "paged_attention/d128-grouped": Paged(128, 8),
+    "paged_attention/d128-grouped-window-softcap": Paged(128, 8, window=True, softcap=True),
+    "paged_attention/d128-grouped-few-queries": Paged(128, 4, 5),
+    "paged_attention/d128-int8": Paged(128, 4, cache=torch.int8),
+    "paged_attention/d128-fp8": Paged(128, 4, cache=torch.float8_e4m3fn),
+    "paged_attention/d128-fp32": Paged(128, dtype=torch.float32),
+    "paged_attention/d128-invariant": Paged(128, 4, 64, batch_invariant=True),
+    "paged_attention/d256-grouped": Paged(256, 8),
+    "paged_attention/d64-prompts": Paged(64, queries=256),
+    "paged_attention/d64-prompts-t5": Paged(64, queries=256, bias=True),
+    "paged_attention/d64-prompts-t5-fp32": Paged(64, queries=256, dtype=torch.float32, bias=True, causal=False),
+    "paged_attention/d128-prompts": Paged(128, 4, 256),
+    "paged_attention/d128-prompts-int8": Paged(128, 4, 256, cache=torch.int8),
+    "paged_attention/d128-prompts-window-softcap": Paged(128, 4, 256, window=True, softcap=True),
+    "paged_attention/d128-prompts-fp32": Paged(128, queries=256, dtype=torch.float32),
+    "paged_attention/d256-prompts": Paged(256, 8, 256),
+    "cache_append/bf16": partial(cache_append, torch.bfloat16),
+    "cache_append/bf16-rotated": partial(cache_append, torch.bfloat16, 128),
+    "cache_append/bf16-interleaved-partial": partial(cache_append, torch.bfloat16, 64, True),
+    "cache_append/int8-rotated": partial(cache_append, torch.int8, 128),
+    "cache_append/fp8-rotated": partial(cache_append, torch.float8_e4m3fn, 128),
     "norm/rms-768": partial(norm, 768),
     "norm/rms-4096": partial(norm, 4096),
     "norm/rms-4096-residual": partial(norm, 4096, residual=True),
@@ -156,6 +241,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 # Those that also have to compile for AMD's gfx942; what they take there is not held to anything.
 AMD_CASES = (
-    "attention/d64-t5-causal", "norm/rms-4096-residual", "rotary/halves", "activation/silu", "cross_entropy/bf16-32000",
+    "attention/d64-t5-causal", "cache_append/bf16-rotated", "norm/rms-4096-residual",
+    "rotary/halves", "activation/silu", "cross_entropy/bf16-32000",
     "linear_cross_entropy/bf16",
 )  # fmt: skip

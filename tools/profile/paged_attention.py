@@ -1,9 +1,10 @@
-"""`paged_attention`: decoding over cached keys and values, in pages of floats or of our own layout, against SDPA."""
+"""`paged_attention`: decoding over cached keys and values, in pages of floats or of our own layout, against SDPA.
+
+This is a CPU's; a GPU's is paged_attention_gpu.py.
+"""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,84 +14,27 @@ from torch.nn.functional import scaled_dot_product_attention
 from engine.native_runner import NativeStorage
 from kernels.cached_attention import CacheFormat, append, attend
 from kernels.paged_attention import paged_attention
+from tools.profile import paged_attention_gpu
 from tools.profile.contenders import OURS, Contender, Problem, Work, chosen
+from tools.profile.machine import default_device
 from tools.profile.measure import measure
 from tools.profile.options import Options
+from tools.profile.paged_attention_shapes import BLOCK, CACHES, CPU_CACHES, Shape, shapes
 from tools.profile.report import Report
 
 OPTIONS = ("shape", "plot")
 PEERS = ("eager", "sdpa")
 MODES = ("forward",)
-BLOCK = 16  # tokens
-CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sequences that attend with ``queries`` tokens each, their last ones, over ``keys`` keys."""
-
-    sequences: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    cache: str = "fp32"
-
-    @property
-    def label(self) -> str:
-        tokens, heads = f"{self.sequences}x{self.queries}:{self.keys}", f"{self.heads}:{self.kv_heads}"
-        return f"{tokens}x{heads}x{self.head_dim}-{self.cache}"
-
-    def work(self) -> Work:
-        """Two products a query and key; the cache is read, queries too, and as much is written."""
-        pairs = self.queries * self.keys - self.queries * (self.queries - 1) // 2
-        cached = 2 * self.keys * self.kv_heads * CACHES[self.cache].itemsize
-        moved = self.sequences * self.head_dim * (cached + 2 * self.queries * self.heads * 4)
-        return Work(4 * self.sequences * pairs * self.heads * self.head_dim, moved, reads=True)
-
-
-# Of GPT-2's heads, and of a grouped model's.
-DECODING = (
-    (1, 2048, 12, 12, 64),
-    (8, 512, 12, 12, 64),
-    (32, 128, 12, 12, 64),
-    (32, 1024, 12, 12, 64),
-    (8, 1024, 32, 8, 128),
-)
-SHAPES = {
-    "decode": [
-        Shape(sequences, 1, keys, heads, kv_heads, head_dim, cache)
-        for sequences, keys, heads, kv_heads, head_dim in DECODING
-        for cache in CACHES
-    ],
-    "prefill": [Shape(batch, keys, keys, 12, 12, 64) for batch, keys in ((1, 512), (8, 128))],
-}
 
 
 def run(options: Options) -> Report:
+    if default_device().type == "cuda":
+        return paged_attention_gpu.run(options)
     wanted = shapes(options.shapes)
+    for shape in wanted:
+        if shape.cache not in CPU_CACHES or shape.bias:
+            raise ValueError(f"{shape.label} is measured on a GPU alone")
     return measure("paged_attention", wanted, partial(problem, against=options.against), options, rate="B", modes=MODES)
-
-
-def shapes(names: list[str]) -> list[Shape]:
-    """The shapes of presets, and others by their own labels. Raises ValueError for what is neither."""
-    found: list[Shape] = []
-    for name in names or list(SHAPES):
-        found += SHAPES[name] if name in SHAPES else [_parsed(name)]
-    return found
-
-
-def _parsed(text: str) -> Shape:
-    found = re.fullmatch(rf"(\d+)x(\d+):(\d+)x(\d+):(\d+)x(\d+)(?:-({'|'.join(CACHES)}))?", text)
-    numbers = map(int, found.groups()[:6]) if found else [0] * 6
-    sequences, queries, keys, heads, kv_heads, head_dim = numbers
-    if found is None or not sequences * queries * heads * kv_heads * head_dim or queries > keys or heads % kv_heads:
-        raise ValueError(
-            f"unknown shape {text!r}: choose from {', '.join(SHAPES)}, or give sequences x queries:keys x "
-            "heads:kv_heads x head_dim - cache such as 8x1:512x32:8x128-int8, with no more queries than keys"
-        )
-    return Shape(sequences, queries, keys, heads, kv_heads, head_dim, found[7] or "fp32")
 
 
 def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[str] | None) -> Problem:
