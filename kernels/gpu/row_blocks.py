@@ -26,7 +26,7 @@ COUNT = tl.constexpr(0)
 MASS = tl.constexpr(1)
 TYPICAL = tl.constexpr(2)
 
-FEW = 64  # when so few are in doubt, a search compares each with each
+FEW = 32  # when so few are in doubt, a search compares each with each
 
 
 @triton.jit
@@ -224,38 +224,75 @@ def measure(
 
 
 @triton.jit
-def _note_doubts(
-    x, column, low, high, cut_key, cut_id, peak, scale, mean, few_ptr, noted, KIND: tl.constexpr, FEW: tl.constexpr
-):  # fmt: skip
-    """Writes keys, ids and weights of a tile's elements in [low, high) behind those noted; returns how many there are
-    now."""
+def _between(x, column, low, high, cut_key, cut_id, peak, scale, mean, KIND: tl.constexpr):
     key = keys_of(x, peak, scale, mean, KIND)
-    doubt = within(x, column, cut_key, cut_id) & (key >= low) & (key < high)
-    ones = doubt.to(tl.int32)
-    rows = tl.sum(ones, axis=1)
-    place = noted + (tl.cumsum(rows, axis=0) - rows)[:, None] + tl.cumsum(ones, axis=1) - 1
-    mask = doubt & (place < FEW)
-    tl.store(few_ptr + place, key, mask=mask)
-    tl.store(few_ptr + FEW + place, column, mask=mask)
-    weight = tl.full(x.shape, 1.0, tl.float32) if KIND == COUNT else weight_of(x, peak, scale)
-    tl.store(few_ptr + 2 * FEW + place, weight.to(tl.int32, bitcast=True), mask=mask)
-    return noted + tl.sum(rows, axis=0)
+    return within(x, column, cut_key, cut_id) & (key >= low) & (key < high)
 
 
 @triton.jit
-def _settle_few(few_ptr, noted, low, reached, target, FEW: tl.constexpr):
-    """The cut of a few: each is kept that has less than the target before it. Of none, what reaches ``low`` is kept."""
-    i, j = tl.arange(0, FEW)[:, None], tl.arange(0, FEW)[None, :]
-    key = tl.load(few_ptr + i, mask=i < noted, other=NO_KEY)
-    token = tl.load(few_ptr + FEW + i, mask=i < noted, other=-1)
-    other_key = tl.load(few_ptr + j, mask=j < noted, other=NO_KEY)
-    other_token = tl.load(few_ptr + FEW + j, mask=j < noted, other=-1)
-    weight = tl.load(few_ptr + 2 * FEW + j, mask=j < noted, other=0).to(tl.float32, bitcast=True).to(tl.float64)
-    before = (other_key > key) | ((other_key == key) & (other_token < token))
-    mass = tl.sum(tl.where(before, weight, 0.0), axis=1)[:, None] + reached
-    kept = (mass < target) & (i < noted)
-    last_key = tl.min(tl.min(tl.where(kept, key, NAN_KEY), axis=1), axis=0)
-    last_id = tl.max(tl.max(tl.where(kept & (key == last_key), token, -1), axis=1), axis=0)
+def pick(
+    counts, first, x_ptr, copy_ptr, edited, places_ptr, tile, vocab, low, high, cut_key, cut_id, peak, scale, mean,
+    KIND: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's elements within the cut whose keys are in [low, high), those from number ``first`` on: FEW scores and
+    their ids. ``counts`` (TILE,) says how many each block has.
+
+    Each looks for itself in the block it must lie in, as nothing can be written to a place that only a thread knows
+    without all pointers changing hands.
+    """
+    ends = tl.cumsum(counts, axis=0)
+    number = first + tl.arange(0, FEW)
+    line = tl.sum((ends[None, :] <= number[:, None]).to(tl.int32), axis=1)
+    begin = tl.sum(tl.where(tl.arange(0, TILE)[None, :] == line[:, None], (ends - counts)[None, :], 0), axis=1)
+    block = tl.load(places_ptr + tile * TILE + line, mask=line < TILE, other=0)
+    column = block[:, None] * B + tl.arange(0, B)[None, :]
+    x = load_row(x_ptr, copy_ptr, edited, column, (line < TILE)[:, None] & (column < vocab))
+    found = _between(x, column, low, high, cut_key, cut_id, peak, scale, mean, KIND)
+    found &= tl.cumsum(found.to(tl.int32), axis=1) == (number - begin + 1)[:, None]
+    return tl.sum(tl.where(found, x, 0.0), axis=1), tl.sum(tl.where(found, column, 0), axis=1)
+
+
+@triton.jit
+def count_between(x, column, low, high, cut_key, cut_id, peak, scale, mean, KIND: tl.constexpr):
+    """How many elements each block of a tile has within the cut whose keys are in [low, high)."""
+    return tl.sum(_between(x, column, low, high, cut_key, cut_id, peak, scale, mean, KIND).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _settle_few(
+    x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, low, high, cut_key, cut_id, peak, scale, mean,
+    reached, target, KIND: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """The cut of the few with keys in [low, high): each is kept that has less than the target before it. Where there is
+    none, what reaches ``low`` is kept."""
+    counts = count_between(x, column, low, high, cut_key, cut_id, peak, scale, mean, KIND)
+    scores, tokens = pick(
+        counts, 0, x_ptr, copy_ptr, edited, places_ptr, active * 0, vocab, low, high, cut_key, cut_id, peak, scale,
+        mean, KIND, B, TILE, FEW,
+    )  # fmt: skip
+    noted = tl.sum(counts, axis=0)
+    for tile in range(1, tl.cdiv(active, TILE)):
+        other, ids = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, tile, vocab, B, TILE)
+        counts = count_between(other, ids, low, high, cut_key, cut_id, peak, scale, mean, KIND)
+        more = tl.sum(counts, axis=0)
+        if more > 0:
+            other_scores, other_tokens = pick(
+                counts, -noted, x_ptr, copy_ptr, edited, places_ptr, tile, vocab, low, high, cut_key, cut_id, peak,
+                scale, mean, KIND, B, TILE, FEW,
+            )  # fmt: skip
+            behind = tl.arange(0, FEW) >= noted
+            scores = tl.where(behind, other_scores, scores)
+            tokens = tl.where(behind, other_tokens, tokens)
+        noted += more
+    index = tl.arange(0, FEW)
+    keys = tl.where(index < noted, keys_of(scores, peak, scale, mean, KIND), NO_KEY)
+    weights = tl.full([FEW], 1.0, tl.float32) if KIND == COUNT else weight_of(scores, peak, scale)
+    weights = tl.where(index < noted, weights, 0.0).to(tl.float64)
+    before = (keys[None, :] > keys[:, None]) | ((keys[None, :] == keys[:, None]) & (tokens[None, :] < tokens[:, None]))
+    mass = reached + tl.sum(tl.where(before, weights[None, :], 0.0), axis=1)
+    kept = (mass < target) & (index < noted)
+    last_key = tl.min(tl.where(kept, keys, NAN_KEY), axis=0)
+    last_id = tl.max(tl.where(kept & (keys == last_key), tokens, -1), axis=0)
     return tl.where(noted > 0, last_key, low), tl.where(noted > 0, last_id, ANY_ID)
 
 
@@ -280,24 +317,32 @@ def _settle_equals(
         x, column = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, crossed, vocab, B, TILE)
         equal = within(x, column, cut_key, cut_id) & (keys_of(x, peak, scale, mean, KIND) == at_key)
         weight = tl.full(x.shape, 1.0, tl.float32) if KIND == COUNT else weight_of(x, peak, scale)
-        weights = tl.where(equal, weight, 0.0).to(tl.float64)
-        sums = tl.sum(weights, axis=1)
-        running = before + (tl.cumsum(sums, axis=0) - sums)[:, None] + tl.cumsum(weights, axis=1)
-        first = tl.min(tl.min(tl.where(equal & (running >= target), column, ANY_ID), axis=1), axis=0)
-        last = tl.max(tl.max(tl.where(equal, column, -1), axis=1), axis=0)
-        last_id = tl.minimum(first, last)
+        sums = tl.sum(tl.where(equal, weight, 0.0), axis=1).to(tl.float64)
+        running = before + tl.cumsum(sums, axis=0)
+        line = tl.arange(0, TILE)
+        hit = tl.min(tl.where((running >= target) & (sums > 0), line, TILE), axis=0)
+        hit = tl.where(hit < TILE, hit, tl.max(tl.where(sums > 0, line, 0), axis=0))
+        before = tl.sum(tl.where(line == hit, running - sums, 0.0), axis=0)
+        column = tl.load(places_ptr + crossed * TILE + hit) * B + tl.arange(0, B)
+        x = load_row(x_ptr, copy_ptr, edited, column, column < vocab)
+        equal = within(x, column, cut_key, cut_id) & (keys_of(x, peak, scale, mean, KIND) == at_key)
+        weight = tl.full(x.shape, 1.0, tl.float32) if KIND == COUNT else weight_of(x, peak, scale)
+        running = before + tl.cumsum(tl.where(equal, weight, 0.0).to(tl.float64), axis=0)
+        first = tl.min(tl.where(equal & (running >= target), column, ANY_ID), axis=0)
+        last_id = tl.minimum(first, tl.max(tl.where(equal, column, -1), axis=0))
     return last_id
 
 
 @triton.jit
 def cut_at(
-    x, column, x_ptr, copy_ptr, edited, places_ptr, few_ptr, active, vocab, low, high, count, target,
+    x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, low, high, count, target,
     cut_key, cut_id, peak, scale, mean,
     KIND: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """The cut that keeps the smallest set of largest elements, lower ids first among equals, that measures the target.
 
-    Of those within the cut so far; all ``count`` of them have keys from low to high. The first element is always kept. Returns the cut in the order of KIND.
+    Of those within the cut so far; all ``count`` of them have keys from low to high. The first is always kept. The cut
+    returned is in the order of KIND.
     """
     low, high = low.to(tl.int64), high.to(tl.int64) + 1
     above = tl.full((), 0, tl.int32)
@@ -317,18 +362,10 @@ def cut_at(
     last_key = low.to(tl.int32)
     last_id = tl.full((), ANY_ID, tl.int32)
     if count - above <= FEW:
-        end = high.to(tl.int32)
-        tl.debug_barrier()
-        noted = _note_doubts(
-            x, column, last_key, end, cut_key, cut_id, peak, scale, mean, few_ptr, above * 0, KIND, FEW
-        )
-        for tile in range(1, tl.cdiv(active, TILE)):
-            other, ids = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, tile, vocab, B, TILE)
-            noted = _note_doubts(
-                other, ids, last_key, end, cut_key, cut_id, peak, scale, mean, few_ptr, noted, KIND, FEW
-            )
-        tl.debug_barrier()
-        last_key, last_id = _settle_few(few_ptr, noted, last_key, reached, target, FEW)
+        last_key, last_id = _settle_few(
+            x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, last_key, high.to(tl.int32), cut_key, cut_id,
+            peak, scale, mean, reached, target, KIND, B, TILE, FEW,
+        )  # fmt: skip
     else:
         last_id = _settle_equals(
             x_ptr, copy_ptr, edited, places_ptr, active, vocab, last_key, cut_key, cut_id, peak, scale, mean,

@@ -71,7 +71,7 @@ def uniform(seed, position):
 
 
 @triton.jit
-def _largest(x_ptr, copy_ptr, edited, keys, top, vocab, B: tl.constexpr, NB: tl.constexpr):
+def _first_of(x_ptr, copy_ptr, edited, keys, top, vocab, B: tl.constexpr, NB: tl.constexpr):
     """The first token of the largest logit."""
     block = tl.min(tl.where(keys == top, tl.arange(0, NB), NB), axis=0)
     column = block * B + tl.arange(0, B)
@@ -137,8 +137,97 @@ def _mean_of_tile(x, column, cut_key, cut_id, peak, scale):
 
 
 @triton.jit
+def _whole_sums(keys, weights_ptr, row, blocks, peak, scale, NB: tl.constexpr):
+    """The weights of all tokens of each block, relative to the row's largest."""
+    block = tl.arange(0, NB)
+    weights = tl.load(weights_ptr + row * blocks + block, mask=block < blocks, other=0.0)
+    shrunk = weights * weight_of(value_of(tl.maximum(keys, LOWEST_KEY)), peak, scale)
+    return tl.where(keys >= LOWEST_KEY, shrunk, 0.0)
+
+
+@triton.jit
+def _filter(
+    x_ptr, copy_ptr, edited, places_ptr, picks_ptr, vocab, blocks, keys, top, total, peak, scale,
+    floor, top_k, top_p, typical_p, TYPICAL_TOO: tl.constexpr,
+    B: tl.constexpr, NB: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """Writes to ``picks`` the weights that the filters leave in each block, and returns the cuts."""
+    cut_key = tl.full((), LOWEST_KEY, tl.int32)
+    cut_id = tl.full((), ANY_ID, tl.int32)
+    typical_key = tl.full((), NO_KEY, tl.int32)
+    typical_id = tl.full((), ANY_ID, tl.int32)
+    mean = tl.full((), 0.0, tl.float64)
+    # A bound on the logits: of min_p; a key that top_k reach; with top_p alone one below which all together lack the
+    # mass to be needed, with room for rounding.
+    has_floor = floor > float("-inf")
+    if has_floor:
+        cut_key = tl.maximum(cut_key, order_key((peak.to(tl.float64) + floor).to(tl.float32)))
+    if top_k > 0:
+        cut_key = tl.maximum(cut_key, bound_of_largest(keys, top, top_k))
+    elif (top_p < 1) & (floor == float("-inf")):
+        needed = (0.9 * (1.0 - top_p) * total / vocab).to(tl.float32)
+        bound = peak + tl.log(needed) / scale - 2e-7 * tl.abs(peak)
+        cut_key = tl.maximum(cut_key, order_key(bound))
+    active = list_blocks(keys, cut_key, places_ptr, NB)
+    x, column = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, active * 0, vocab, B, TILE)
+    count, mass = measure(
+        x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, cut_key, cut_id, peak, scale, mean,
+        MASS, B, TILE,
+    )  # fmt: skip
+    if (top_k > 0) & (count > top_k):
+        cut_key, cut_id = cut_at(
+            x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, top, count,
+            top_k.to(tl.float64), cut_key, cut_id, peak, scale, mean, COUNT, B, TILE, FEW,
+        )  # fmt: skip
+        count, mass = measure(
+            x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, cut_key, cut_id, peak, scale,
+            mean, MASS, B, TILE,
+        )  # fmt: skip
+    if top_p < 1:
+        if (top_k > 0) | has_floor:
+            total = mass
+        cut_key, cut_id = cut_at(
+            x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, top, count,
+            top_p * total, cut_key, cut_id, peak, scale, mean, MASS, B, TILE, FEW,
+        )  # fmt: skip
+    if TYPICAL_TOO:
+        if typical_p < 1:
+            total, logs = _mean_of_tile(x, column, cut_key, cut_id, peak, scale)
+            for tile in range(1, tl.cdiv(active, TILE)):
+                other, ids = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, tile, vocab, B, TILE)
+                more, more_logs = _mean_of_tile(other, ids, cut_key, cut_id, peak, scale)
+                total += more
+                logs += more_logs
+            mean = logs / total
+            count, _ = measure(
+                x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, cut_key, cut_id, peak, scale,
+                mean, COUNT, B, TILE,
+            )  # fmt: skip
+            nearest, furthest = order_key(peak * 0), order_key(peak * 0 - 200.0)  # logs of weights lie within 87
+            typical_key, typical_id = cut_at(
+                x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, furthest, nearest, count,
+                typical_p * total, cut_key, cut_id, peak, scale, mean, TYPICAL, B, TILE, FEW,
+            )  # fmt: skip
+    block = tl.arange(0, NB)
+    tl.store(picks_ptr + block, tl.zeros([NB], tl.float32), mask=block < blocks)
+    tl.debug_barrier()
+    _sum_tile(
+        x, column, places_ptr, picks_ptr, active, active * 0, peak, scale, mean, cut_key, cut_id, typical_key,
+        typical_id, TYPICAL_TOO, TILE,
+    )  # fmt: skip
+    for tile in range(1, tl.cdiv(active, TILE)):
+        other, ids = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, tile, vocab, B, TILE)
+        _sum_tile(
+            other, ids, places_ptr, picks_ptr, active, tile, peak, scale, mean, cut_key, cut_id, typical_key,
+            typical_id, TYPICAL_TOO, TILE,
+        )  # fmt: skip
+    tl.debug_barrier()
+    return cut_key, cut_id, typical_key, typical_id, mean
+
+
+@triton.jit
 def _choose(
-    x_ptr, copy_ptr, keys_ptr, edited_keys_ptr, weights_ptr, bad_ptr, places_ptr, few_ptr, picks_ptr,
+    x_ptr, copy_ptr, keys_ptr, edited_keys_ptr, weights_ptr, bad_ptr, places_ptr, picks_ptr,
     scale_ptr, floor_ptr, top_k_ptr, top_p_ptr, typical_p_ptr, seed_ptr, position_ptr, lengths_ptr,
     tokens_ptr, errors_ptr, logprobs_ptr, ranks_ptr, stride, vocab, blocks,
     DRAWS: tl.constexpr, FILTERS: tl.constexpr, TYPICAL_TOO: tl.constexpr,
@@ -159,106 +248,38 @@ def _choose(
         error = tl.where(error == 0, tl.where(bad != 0, BAD_HISTORY, fault_of(top)), error)
     token = tl.full((), -1, tl.int32)
     if error == 0:
-        token = _largest(x_ptr, copy_ptr, edited, keys, top, vocab, B, NB)
-        if DRAWS:
-            scale = tl.load(scale_ptr + row)
-            if scale > 0:  # not greedy
-                peak = value_of(top)
-                u = uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
-                cut_key = tl.full((), LOWEST_KEY, tl.int32)
-                cut_id = tl.full((), ANY_ID, tl.int32)
-                typical_key = tl.full((), NO_KEY, tl.int32)
-                typical_id = tl.full((), ANY_ID, tl.int32)
-                mean = tl.full((), 0.0, tl.float64)
-                sums = tl.zeros([NB], tl.float64)
-                if weights_ptr is not None:
-                    at = row * blocks + tl.arange(0, NB)
-                    weights = tl.load(weights_ptr + at, mask=tl.arange(0, NB) < blocks, other=0.0)
-                    shrunk = weights * weight_of(value_of(tl.maximum(keys, LOWEST_KEY)), peak, scale)
-                    sums = tl.where(keys >= LOWEST_KEY, shrunk, 0.0).to(tl.float64)
-                if FILTERS:
-                    floor = tl.load(floor_ptr + row)
-                    top_k = tl.minimum(tl.load(top_k_ptr + row), vocab)
-                    top_p = tl.load(top_p_ptr + row)
-                    typical_p = tl.load(typical_p_ptr + row)
-                    has_floor = floor > float("-inf")
-                    if has_floor | (top_k > 0) | (top_p < 1) | (typical_p < 1):
-                        places_ptr += row * blocks
-                        picks_ptr += row * blocks
-                        few_ptr += row * (3 * FEW)
-                        # A bound on the logits: of min_p; a key that top_k reach; with top_p alone, below it all
-                        # together lack the mass to be needed (with room for rounding).
-                        total = tl.sum(sums, axis=0)
-                        if has_floor:
-                            cut_key = tl.maximum(cut_key, order_key((peak.to(tl.float64) + floor).to(tl.float32)))
-                        if top_k > 0:
-                            cut_key = tl.maximum(cut_key, bound_of_largest(keys, top, top_k))
-                        elif (top_p < 1) & (floor == float("-inf")):
-                            needed = (0.9 * (1.0 - top_p) * total / vocab).to(tl.float32)
-                            bound = peak + tl.log(needed) / scale - 2e-7 * tl.abs(peak)
-                            cut_key = tl.maximum(cut_key, order_key(bound))
-                        active = list_blocks(keys, cut_key, places_ptr, NB)
-                        x, column = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, active * 0, vocab, B, TILE)
-                        count, mass = measure(
-                            x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, cut_key, cut_id,
-                            peak, scale, mean, MASS, B, TILE,
-                        )  # fmt: skip
-                        if (top_k > 0) & (count > top_k):
-                            cut_key, cut_id = cut_at(
-                                x, column, x_ptr, copy_ptr, edited, places_ptr, few_ptr, active, vocab, cut_key, top,
-                                count, top_k.to(tl.float64), cut_key, cut_id, peak, scale, mean, COUNT, B, TILE, FEW,
-                            )  # fmt: skip
-                            count, mass = measure(
-                                x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, cut_key,
-                                cut_id, peak, scale, mean, MASS, B, TILE,
-                            )  # fmt: skip
-                        if top_p < 1:
-                            if (top_k > 0) | has_floor:
-                                total = mass
-                            cut_key, cut_id = cut_at(
-                                x, column, x_ptr, copy_ptr, edited, places_ptr, few_ptr, active, vocab, cut_key, top,
-                                count, top_p * total, cut_key, cut_id, peak, scale, mean, MASS, B, TILE, FEW,
-                            )  # fmt: skip
-                        if TYPICAL_TOO:
-                            if typical_p < 1:
-                                total, logs = _mean_of_tile(x, column, cut_key, cut_id, peak, scale)
-                                for tile in range(1, tl.cdiv(active, TILE)):
-                                    other, ids = load_tile(
-                                        x_ptr, copy_ptr, edited, places_ptr, active, tile, vocab, B, TILE
-                                    )
-                                    more, more_logs = _mean_of_tile(other, ids, cut_key, cut_id, peak, scale)
-                                    total += more
-                                    logs += more_logs
-                                mean = logs / total
-                                furthest = order_key((-200.0 + mean * 0).to(tl.float32))
-                                count, mass = measure(
-                                    x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, cut_key,
-                                    cut_id, peak, scale, mean, COUNT, B, TILE,
-                                )  # fmt: skip
-                                typical_key, typical_id = cut_at(
-                                    x, column, x_ptr, copy_ptr, edited, places_ptr, few_ptr, active, vocab, furthest,
-                                    order_key(peak * 0), count, typical_p * total, cut_key, cut_id, peak, scale, mean,
-                                    TYPICAL, B, TILE, FEW,
-                                )  # fmt: skip
-                        block = tl.arange(0, NB)
-                        tl.store(picks_ptr + block, tl.zeros([NB], tl.float32), mask=block < blocks)
-                        tl.debug_barrier()
-                        _sum_tile(
-                            x, column, places_ptr, picks_ptr, active, active * 0, peak, scale, mean, cut_key, cut_id,
-                            typical_key, typical_id, TYPICAL_TOO, TILE,
-                        )  # fmt: skip
-                        for tile in range(1, tl.cdiv(active, TILE)):
-                            other, ids = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, tile, vocab, B, TILE)
-                            _sum_tile(
-                                other, ids, places_ptr, picks_ptr, active, tile, peak, scale, mean, cut_key, cut_id,
-                                typical_key, typical_id, TYPICAL_TOO, TILE,
-                            )  # fmt: skip
-                        tl.debug_barrier()
-                        sums = tl.load(picks_ptr + block, mask=block < blocks, other=0.0).to(tl.float64)
-                token = _draw(
-                    sums, u, x_ptr, copy_ptr, edited, vocab, peak, scale, mean, cut_key, cut_id, typical_key,
-                    typical_id, FILTERS, TYPICAL_TOO, B, NB,
-                )  # fmt: skip
+        scale = tl.load(scale_ptr + row)
+        drawn = scale > 0 if DRAWS else False
+        if drawn:
+            peak = value_of(top)
+            u = uniform(tl.load(seed_ptr + row), tl.load(position_ptr + row))
+            cut_key = tl.full((), LOWEST_KEY, tl.int32)
+            cut_id = tl.full((), ANY_ID, tl.int32)
+            typical_key = tl.full((), NO_KEY, tl.int32)
+            typical_id = tl.full((), ANY_ID, tl.int32)
+            mean = tl.full((), 0.0, tl.float64)
+            sums = tl.zeros([NB], tl.float32)
+            if weights_ptr is not None:
+                sums = _whole_sums(keys, weights_ptr, row, blocks, peak, scale, NB)
+            if FILTERS:
+                floor, top_k = tl.load(floor_ptr + row), tl.minimum(tl.load(top_k_ptr + row), vocab)
+                top_p, typical_p = tl.load(top_p_ptr + row), tl.load(typical_p_ptr + row)
+                if (floor > float("-inf")) | (top_k > 0) | (top_p < 1) | (typical_p < 1):
+                    total = tl.sum(sums.to(tl.float64), axis=0)
+                    picks_ptr += row * blocks
+                    cut_key, cut_id, typical_key, typical_id, mean = _filter(
+                        x_ptr, copy_ptr, edited, places_ptr + row * blocks, picks_ptr, vocab,
+                        blocks, keys, top, total, peak, scale, floor, top_k, top_p, typical_p, TYPICAL_TOO, B, NB,
+                        TILE, FEW,
+                    )  # fmt: skip
+                    block = tl.arange(0, NB)
+                    sums = tl.load(picks_ptr + block, mask=block < blocks, other=0.0)
+            token = _draw(
+                sums.to(tl.float64), u, x_ptr, copy_ptr, edited, vocab, peak, scale, mean, cut_key, cut_id,
+                typical_key, typical_id, FILTERS, TYPICAL_TOO, B, NB,
+            )  # fmt: skip
+        else:
+            token = _first_of(x_ptr, copy_ptr, edited, keys, top, vocab, B, NB)
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(errors_ptr + row, error)
     tl.store(logprobs_ptr + row, float("nan"))  # until ``report`` knows better
@@ -325,14 +346,13 @@ def launch(logits: Tensor, columns: DeviceColumns) -> DeviceResult:
     result = DeviceResult.empty(rows, plan.num_top, device)
     places = scratch(rows, blocks) if plan.filters or plan.logprobs else None
     picks = scratch(rows, blocks, dtype=torch.float32) if plan.filters else None
-    few = scratch(rows, 3, FEW) if plan.filters or plan.num_top else None
     _choose[(rows,)](
-        logits, copy, keys, edited_keys, None if weights is None else weights[0], bad, places, few, picks,
+        logits, copy, keys, edited_keys, None if weights is None else weights[0], bad, places, picks,
         columns["scale"], columns["floor"], columns["top_k"], columns["top_p"], columns["typical_p"],
         columns["seed"], columns["position"], columns["history_lengths"], result.token_ids, result.errors,
         result.logprobs, result.ranks, logits.stride(0), vocab, blocks, DRAWS=plan.draws, FILTERS=plan.filters, TYPICAL_TOO=plan.typical,
-        B=block, NB=triton.next_power_of_2(blocks), TILE=tile_of(plan.top_k, blocks), FEW=FEW, num_warps=8,
+        B=block, NB=triton.next_power_of_2(blocks), TILE=tile_of(blocks), FEW=FEW, num_warps=8,
     )  # fmt: skip
     if sums is not None:
-        report(logits, keys, sums, places, few, columns["num_logprobs"], result, block)
+        report(logits, keys, sums, places, columns["num_logprobs"], result, block)
     return result

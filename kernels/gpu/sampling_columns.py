@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ NARROW = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Which parts of sampling a batch takes; what it does not take is not compiled, nor launched."""
 
     draws: bool  # a row is not greedy
@@ -32,7 +31,6 @@ class Plan:
     penalties: bool
     logprobs: bool
     num_top: int  # of log-probabilities, the most of a row
-    top_k: int  # the largest, for the size of tiles
 
     @classmethod
     def of(cls, batch: SamplingBatch) -> Plan:
@@ -49,7 +47,6 @@ class Plan:
             penalties=bool(_penalised(batch).any()),
             logprobs=most >= 0,
             num_top=max(most, 0),
-            top_k=int((batch.top_k * drawn).max()) if batch.rows else 0,
         )
 
 
@@ -94,10 +91,7 @@ class DeviceColumns:
         histories = _histories(batch)
         plan = Plan.of(batch)
         fits = batch.rows == self.rows and len(histories[0]) <= self.capacity and histories[3] <= self.longest
-        wants = (plan.draws, plan.whole, plan.filters, plan.typical, plan.penalties, plan.logprobs, plan.num_top)
-        has = (self.plan.draws, self.plan.whole, self.plan.filters, self.plan.typical, self.plan.penalties,
-               self.plan.logprobs, self.plan.num_top)  # fmt: skip
-        if not fits or any(a > b for a, b in zip(wants, has, strict=True)):
+        if not fits or any(a > b for a, b in zip(plan, self.plan, strict=True)):
             raise ValueError(
                 f"columns hold {self.rows} rows, histories of {self.capacity} ids, none longer than {self.longest}, "
                 f"and what {self.plan} says, got {batch.rows} rows, {len(histories[0])} ids, {histories[3]} and {plan}"

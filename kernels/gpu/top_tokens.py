@@ -16,13 +16,16 @@ from kernels.gpu.row_blocks import (
     INFINITY_KEY,
     LOWEST_KEY,
     block_size,
+    NAN_KEY,
     bound_of_largest,
+    count_between,
     cut_at,
     list_blocks,
     load_keys,
     load_tile,
     measure,
     order_key,
+    pick,
     scan,
     value_of,
     weight_of,
@@ -36,21 +39,30 @@ SORTED = 64  # compared with so many at once
 
 
 @triton.jit
-def _gather(x, column, cut_key, cut_id, found_ptr, width, noted):
-    """Writes values and ids of a tile's elements within the cut behind those noted; returns how many there are now."""
-    kept = within(x, column, cut_key, cut_id)
-    ones = kept.to(tl.int32)
-    rows = tl.sum(ones, axis=1)
-    place = noted + (tl.cumsum(rows, axis=0) - rows)[:, None] + tl.cumsum(ones, axis=1) - 1
-    mask = kept & (place < width)
-    tl.store(found_ptr + place, order_key(x), mask=mask)
-    tl.store(found_ptr + width + place, column, mask=mask)
-    return noted + tl.sum(rows, axis=0)
+def _gather(
+    x, column, x_ptr, places_ptr, tile, vocab, cut_key, cut_id, found_ptr, width, noted,
+    B: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """Writes keys and ids of a tile's elements within the cut behind those noted; returns how many there are now."""
+    zero, nowhere = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float64)
+    low, high = LOWEST_KEY, NAN_KEY
+    counts = count_between(x, column, low, high, cut_key, cut_id, zero, zero, nowhere, COUNT)
+    total = tl.sum(counts, axis=0)
+    for first in range(0, total, FEW):
+        scores, tokens = pick(
+            counts, first, x_ptr, None, 0, places_ptr, tile, vocab, low, high, cut_key, cut_id, zero, zero, nowhere,
+            COUNT, B, TILE, FEW,
+        )  # fmt: skip
+        number = first + tl.arange(0, FEW)
+        mask = (number < total) & (noted + number < width)
+        tl.store(found_ptr + noted + number, order_key(scores), mask=mask)
+        tl.store(found_ptr + width + noted + number, tokens, mask=mask)
+    return noted + total
 
 
 @triton.jit
 def _largest(
-    x_ptr, keys, top, k, vocab, places_ptr, few_ptr, found_ptr, width, shift, values_ptr, ids_ptr,
+    x_ptr, keys, top, k, vocab, places_ptr, found_ptr, width, shift, values_ptr, ids_ptr,
     B: tl.constexpr, NB: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Writes the k largest of a row less ``shift``, largest first, lower ids first among equals; returns how many,
@@ -67,13 +79,15 @@ def _largest(
     )  # fmt: skip
     if count > k:
         cut_key, cut_id = cut_at(
-            x, column, x_ptr, None, 0, places_ptr, few_ptr, active, vocab, cut_key, top, count, k.to(tl.float64),
+            x, column, x_ptr, None, 0, places_ptr, active, vocab, cut_key, top, count, k.to(tl.float64),
             cut_key, cut_id, zero, zero, nowhere, COUNT, B, TILE, FEW,
         )  # fmt: skip
-    noted = _gather(x, column, cut_key, cut_id, found_ptr, width, active * 0)
+    noted = _gather(
+        x, column, x_ptr, places_ptr, active * 0, vocab, cut_key, cut_id, found_ptr, width, active * 0, B, TILE, FEW
+    )
     for tile in range(1, tl.cdiv(active, TILE)):
         other, ids = load_tile(x_ptr, None, 0, places_ptr, active, tile, vocab, B, TILE)
-        noted = _gather(other, ids, cut_key, cut_id, found_ptr, width, noted)
+        noted = _gather(other, ids, x_ptr, places_ptr, tile, vocab, cut_key, cut_id, found_ptr, width, noted, B, TILE, FEW)
     tl.debug_barrier()
     noted = tl.minimum(noted, k)
     for first in range(0, noted, SORTED):
@@ -102,7 +116,7 @@ def _clear(values_ptr, ids_ptr, start, width, value, token, SORTED: tl.constexpr
 
 @triton.jit
 def _report(
-    x_ptr, keys_ptr, sums_ptr, places_ptr, few_ptr, found_ptr, wanted_ptr, tokens_ptr, errors_ptr, logprobs_ptr,
+    x_ptr, keys_ptr, sums_ptr, places_ptr, found_ptr, wanted_ptr, tokens_ptr, errors_ptr, logprobs_ptr,
     ranks_ptr, values_ptr, ids_ptr, stride, vocab, blocks, width,
     TOP: tl.constexpr, B: tl.constexpr, NB: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +153,7 @@ def _report(
         if TOP:
             if wanted > 0:
                 written = _largest(
-                    x_ptr, keys, top, tl.minimum(wanted, vocab), vocab, places_ptr, few_ptr + row * (3 * FEW),
+                    x_ptr, keys, top, tl.minimum(wanted, vocab), vocab, places_ptr,
                     found_ptr + row * 2 * width, width, log_sum_exp, values_ptr, ids_ptr, B, NB, TILE, FEW, SORTED,
                 )  # fmt: skip
     if TOP:
@@ -150,7 +164,7 @@ def _report(
 
 @triton.jit
 def _top_k(
-    x_ptr, keys_ptr, places_ptr, few_ptr, found_ptr, values_ptr, ids_ptr, stride, vocab, blocks, k,
+    x_ptr, keys_ptr, places_ptr, found_ptr, values_ptr, ids_ptr, stride, vocab, blocks, k,
     B: tl.constexpr, NB: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -161,21 +175,21 @@ def _top_k(
     written = tl.full((), 0, tl.int32)
     if (top >= LOWEST_KEY) & (top < INFINITY_KEY):
         written = _largest(
-            x_ptr + row * stride, keys, top, written + k, vocab, places_ptr + row * blocks, few_ptr + row * (3 * FEW),
+            x_ptr + row * stride, keys, top, written + k, vocab, places_ptr + row * blocks,
             found_ptr + row * 2 * k, k, 0.0, values_ptr, ids_ptr, B, NB, TILE, FEW, SORTED,
         )  # fmt: skip
     rest = tl.where(top >= INFINITY_KEY, float("nan"), float("-inf"))
     _clear(values_ptr, ids_ptr, written, k, rest, 0, SORTED)
 
 
-def tile_of(k: int, blocks: int) -> int:
-    """Blocks that a program holds: as many as the k largest may lie in, if registers hold them."""
-    return min(64 if k <= 56 else 128, triton.next_power_of_2(blocks))
+def tile_of(blocks: int) -> int:
+    """Blocks that a program holds: no more than registers do. The 50 largest mostly lie in as many."""
+    return min(64, triton.next_power_of_2(blocks))
 
 
 def report(
-    logits: Tensor, keys: Tensor, sums: Tensor, places: Tensor | None, few: Tensor | None, wanted: Tensor,
-    result: DeviceResult, block: int,
+    logits: Tensor, keys: Tensor, sums: Tensor, places: Tensor | None, wanted: Tensor, result: DeviceResult,
+    block: int,
 ) -> None:  # fmt: skip
     """Fills in log-probabilities and ranks of the chosen tokens, and the largest of each row: int32 ``wanted``.
 
@@ -185,9 +199,9 @@ def report(
     width, blocks = result.top_ids.shape[1], keys.shape[1]
     found = torch.empty(rows, 2, width, dtype=torch.int32, device=logits.device)
     _report[(rows,)](
-        logits, keys, sums, places, few, found, wanted, result.token_ids, result.errors, result.logprobs, result.ranks,
+        logits, keys, sums, places, found, wanted, result.token_ids, result.errors, result.logprobs, result.ranks,
         result.top_logprobs, result.top_ids, logits.stride(0), vocab, blocks, width,
-        TOP=width > 0, B=block, NB=triton.next_power_of_2(blocks), TILE=tile_of(width, blocks), FEW=FEW,
+        TOP=width > 0, B=block, NB=triton.next_power_of_2(blocks), TILE=tile_of(blocks), FEW=FEW,
         SORTED=SORTED, num_warps=8,
     )  # fmt: skip
 
@@ -202,11 +216,9 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     block = block_size(vocab)
     keys, _ = scan(scores, block)
     blocks = keys.shape[1]
-    places, few, found = (
-        torch.empty(rows, n, dtype=torch.int32, device=scores.device) for n in (blocks, 3 * FEW, 2 * k)
-    )
+    places, found = (torch.empty(rows, n, dtype=torch.int32, device=scores.device) for n in (blocks, 2 * k))
     _top_k[(rows,)](
-        scores, keys, places, few, found, values, ids, scores.stride(0), vocab, blocks, k,
-        B=block, NB=triton.next_power_of_2(blocks), TILE=tile_of(k, blocks), FEW=FEW, SORTED=SORTED, num_warps=8,
+        scores, keys, places, found, values, ids, scores.stride(0), vocab, blocks, k,
+        B=block, NB=triton.next_power_of_2(blocks), TILE=tile_of(blocks), FEW=FEW, SORTED=SORTED, num_warps=8,
     )  # fmt: skip
     return values, ids
