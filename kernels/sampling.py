@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from kernels.backend import TRITON_DEVICE
-from kernels.columns import Column, TokenLists, arrays, check_rows, column, floats, histories, on_device_of, pick, thread_count
+from kernels.columns import (
+    Column,
+    TokenLists,
+    arrays,
+    check_rows,
+    column,
+    floats,
+    histories,
+    on_device_of,
+    pick,
+    thread_count,
+)
 from kernels.extension import _C
 from kernels.logit_edits import LogitEdits, edit_logits
 
@@ -186,9 +197,7 @@ def _sample_on_gpu(logits: Tensor, batch: SamplingBatch) -> SampleResult:
     with on_device_of(logits), torch.no_grad():
         result = gpu.launch(logits, upload(batch, logits.device)).cpu()
     errors = [gpu.MESSAGES[code] for code in result.errors.tolist()]
-    return SampleResult(
-        result.token_ids, result.logprobs, result.ranks, result.top_logprobs, result.top_ids, errors
-    )
+    return SampleResult(result.token_ids, result.logprobs, result.ranks, result.top_logprobs, result.top_ids, errors)
 
 
 def _history(rows: int, prompt_ids: TokenLists | None, output_ids: TokenLists | None) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.row_blocks import order_key, block_sums
+from kernels.gpu.row_blocks import block_sums, order_key
 
 CHUNK = 64
 

@@ -122,9 +122,7 @@ def _sum_tile(
         kept &= (key > typical_key) | ((key == typical_key) & (column <= typical_id))
     at = tile * TILE + tl.arange(0, TILE)
     block = tl.load(places_ptr + at, mask=at < active, other=0)
-    tl.store(
-        picks_ptr + block, tl.sum(tl.where(kept, weight_of(x, peak, scale), 0.0), axis=1), mask=at < active
-    )
+    tl.store(picks_ptr + block, tl.sum(tl.where(kept, weight_of(x, peak, scale), 0.0), axis=1), mask=at < active)
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from kernels.gpu.row_blocks import (
     FEW,
     INFINITY_KEY,
     LOWEST_KEY,
-    block_size,
     NAN_KEY,
+    block_size,
     bound_of_largest,
     count_between,
     cut_at,
@@ -29,7 +29,6 @@ from kernels.gpu.row_blocks import (
     scan,
     value_of,
     weight_of,
-    within,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +86,9 @@ def _largest(
     )
     for tile in range(1, tl.cdiv(active, TILE)):
         other, ids = load_tile(x_ptr, None, 0, places_ptr, active, tile, vocab, B, TILE)
-        noted = _gather(other, ids, x_ptr, places_ptr, tile, vocab, cut_key, cut_id, found_ptr, width, noted, B, TILE, FEW)
+        noted = _gather(
+            other, ids, x_ptr, places_ptr, tile, vocab, cut_key, cut_id, found_ptr, width, noted, B, TILE, FEW
+        )
     tl.debug_barrier()
     noted = tl.minimum(noted, k)
     for first in range(0, noted, SORTED):

@@ -102,7 +102,9 @@ def test_draws_stay_within_what_the_filters_keep(
     assert len(tokens.unique()) > 0.3 * kept.sum()
 
 
-@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.3}, {"top_k": 6, "top_p": 0.5}, {"typical_p": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"top_k": 3}, {"top_p": 0.3}, {"top_k": 6, "top_p": 0.5}, {"typical_p": 0.4}], ids=str
+)
 @pytest.mark.parametrize("vocab", [10, 300, 4500])
 def test_filters_keep_the_lower_ids_of_equal_logits(vocab: int, params: dict[str, Any]) -> None:
     logits = torch.full((vocab,), 1.25)
