@@ -1,8 +1,8 @@
 """Drawing the next token of each row of logits: one pass over a row, no sort of the vocabulary.
 
-On the CPU by csrc/sampling.h, on a GPU by Triton. The parameters mean what they mean in vLLM. The random number is an argument in disguise: a pure function of
-a row's `(seed, position)` by Philox4x32-10, so its token does not depend on its neighbours, its place or the
-threads.
+On the CPU by csrc/sampling.h, on a GPU by kernels/gpu/sampling.py. The parameters mean what they mean in vLLM. The
+random number is an argument in disguise: a pure function of a row's `(seed, position)` by Philox4x32-10, so its token
+does not depend on its neighbours, its place or the threads.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def _penalise(
         place = first + tl.arange(0, CHUNK)
         token = tl.load(ids_ptr + place, mask=place < length, other=0)
         inside = (token >= 0) & (token < vocab)
-        if bad_ptr is not None:
+        if bad_ptr is not None:  # noqa: SIM102, known when compiled
             if tl.max(1 - inside.to(tl.int32), axis=0) > 0:
                 tl.store(bad_ptr + entry, 1)
         prompt = 0 if prompts_ptr is None else tl.load(prompts_ptr + entry)

@@ -188,7 +188,7 @@ def _filter(
             x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, cut_key, top, count,
             top_p * total, cut_key, cut_id, peak, scale, mean, MASS, B, TILE, FEW,
         )  # fmt: skip
-    if TYPICAL_TOO:
+    if TYPICAL_TOO:  # noqa: SIM102, known when compiled
         if typical_p < 1:
             total, logs = _mean_of_tile(x, column, cut_key, cut_id, peak, scale)
             for tile in range(1, tl.cdiv(active, TILE)):
@@ -344,12 +344,14 @@ def launch(logits: Tensor, columns: DeviceColumns) -> DeviceResult:
     result = DeviceResult.empty(rows, plan.num_top, device)
     places = scratch(rows, blocks) if plan.filters or plan.logprobs else None
     picks = scratch(rows, blocks, dtype=torch.float32) if plan.filters else None
+    tile = tile_of(blocks, narrow=plan.typical or copy is not None)
     _choose[(rows,)](
         logits, copy, keys, edited_keys, None if weights is None else weights[0], bad, places, picks,
         columns["scale"], columns["floor"], columns["top_k"], columns["top_p"], columns["typical_p"],
         columns["seed"], columns["position"], columns["history_lengths"], result.token_ids, result.errors,
-        result.logprobs, result.ranks, logits.stride(0), vocab, blocks, DRAWS=plan.draws, FILTERS=plan.filters, TYPICAL_TOO=plan.typical,
-        B=block, NB=triton.next_power_of_2(blocks), TILE=tile_of(blocks), FEW=FEW, num_warps=8,
+        result.logprobs, result.ranks, logits.stride(0), vocab, blocks,
+        DRAWS=plan.draws, FILTERS=plan.filters, TYPICAL_TOO=plan.typical,
+        B=block, NB=triton.next_power_of_2(blocks), TILE=tile, FEW=FEW, num_warps=8,
     )  # fmt: skip
     if sums is not None:
         report(logits, keys, sums, places, columns["num_logprobs"], result, block)

@@ -151,7 +151,7 @@ def _report(
         rank, _ = measure(
             x, column, x_ptr, None, 0, places_ptr, active, vocab, key, key, token, one, one, nowhere, COUNT, B, TILE
         )
-        if TOP:
+        if TOP:  # noqa: SIM102, known when compiled
             if wanted > 0:
                 written = _largest(
                     x_ptr, keys, top, tl.minimum(wanted, vocab), vocab, places_ptr,
@@ -183,9 +183,10 @@ def _top_k(
     _clear(values_ptr, ids_ptr, written, k, rest, 0, SORTED)
 
 
-def tile_of(blocks: int) -> int:
-    """Blocks that a program holds: no more than registers do. The 50 largest mostly lie in as many."""
-    return min(64, triton.next_power_of_2(blocks))
+def tile_of(blocks: int, *, narrow: bool = False) -> int:
+    """Blocks that a program holds: no more than registers do, of which ``narrow`` ones leave fewer. The 50 largest
+    mostly lie in 64."""
+    return min(32 if narrow else 64, triton.next_power_of_2(blocks))
 
 
 def report(

@@ -90,10 +90,10 @@ def test_a_history_that_grows_in_its_place() -> None:
 def test_what_is_refused_is_refused_in_the_same_words(edits: dict[str, Any]) -> None:
     scores = make_scores(3, 40)
     made = LogitEdits.build(**{"rows": [0, 2], "forced": [3, -1], **edits})
-    with pytest.raises(ValueError) as expected:
+    with pytest.raises(ValueError, match=r"^\w+ must ") as expected:
         edit_logits(scores.clone(), made)
     ours = scores.to(DEVICE, copy=True)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"^\w+ must ") as error:
         edit_logits(ours, made, backend="triton")
     assert str(error.value) == str(expected.value)
     assert torch.equal(ours.cpu(), scores)

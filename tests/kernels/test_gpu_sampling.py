@@ -258,3 +258,97 @@ def test_logits_that_do_not_fit_are_refused(logits: Tensor, message: str) -> Non
     strange = logits.to(DEVICE) if logits.is_contiguous() else torch.zeros(2, 16, device=DEVICE)[:, ::2]
     with pytest.raises(ValueError, match=message):
         sample(strange, SamplingBatch.build(2), backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0, "num_logprobs": 5},
+        {"num_logprobs": 0},
+        {"top_p": 0.9},
+        {"top_k": 1000, "top_p": 0.95},
+        {"typical_p": 0.9},
+        {**ALL, "num_logprobs": 20},
+    ],
+    ids=str,
+)
+def test_a_large_batch_of_a_large_vocabulary(params: dict[str, Any], dtype: torch.dtype) -> None:
+    rows = 128
+    logits = make_logits(rows, 131_072, scale=2.0).to(dtype)
+    ours, native = on_both(logits, SamplingBatch.build(rows, seed=range(rows), **params))
+    assert ours.errors == native.errors
+    assert (ours.token_ids != native.token_ids).sum() <= (0 if params.get("temperature") == 0 else 2)
+    same = ours.token_ids == native.token_ids
+    torch.testing.assert_close(ours.logprobs[same], native.logprobs[same], rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(ours.ranks[same], native.ranks[same])
+    assert torch.equal(ours.top_ids, native.top_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("params", [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"typical_p": 0.7}], ids=str)
+def test_many_draws_follow_the_distribution_and_are_those_of_the_cpu(params: dict[str, Any]) -> None:
+    from scipy.stats import chisquare
+
+    rows = 10_000
+    logits = make_logits(1, 300, seed=3, scale=1.5)[0]
+    tokens = draws(logits, rows, **params)
+    batch = SamplingBatch.build(rows, seed=11, position=range(rows), **params)
+    assert (tokens != sample(logits.expand(rows, -1), batch).token_ids).sum() <= rows // 1000
+    expected = reference.sampling_probabilities(logits[None], SamplingBatch.build(1, **params))[0] * rows
+    counts = torch.bincount(tokens, minlength=300)
+    assert counts[expected == 0].sum() == 0
+    common = expected >= 5
+    rest = float(expected[~common].sum())
+    observed, wanted = counts[common].tolist(), expected[common].tolist()
+    if rest >= 5:
+        observed, wanted = [*observed, int(counts[~common].sum())], [*wanted, rest]
+        assert chisquare(observed, wanted).pvalue > 1e-4
+    else:
+        scale = sum(observed) / sum(wanted)
+        assert chisquare(observed, [scale * x for x in wanted]).pvalue > 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {}, {**ALL, "presence_penalty": 0.5, "num_logprobs": 2}], ids=str
+)
+def test_a_graph_replays_with_other_logits_positions_and_histories(params: dict[str, Any]) -> None:
+    from kernels.gpu.sampling import MESSAGES, launch
+    from kernels.gpu.sampling_columns import upload
+
+    rows, vocab = 4, 50_257
+    histories = [[1, 2, 3], [4], [], [5, 5]]
+    first = SamplingBatch.build(rows, seed=range(rows), output_ids=histories, **params)
+    logits = make_logits(rows, vocab).to(DEVICE)
+    columns = upload(first, logits.device, capacity=100, longest=64)
+    launch(logits, columns)  # compiled before it is captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = launch(logits, columns)
+    for step in range(3):
+        histories = [[*history, 7 + step] for history in histories]
+        batch = SamplingBatch.build(rows, seed=range(rows), position=step, output_ids=histories, **params)
+        fresh = make_logits(rows, vocab, seed=step)
+        columns.refill(batch)
+        logits.copy_(fresh)
+        graph.replay()
+        found = result.cpu()
+        errors = [MESSAGES[code] for code in found.errors.tolist()]
+        ours = SampleResult(found.token_ids, found.logprobs, found.ranks, found.top_logprobs, found.top_ids, errors)
+        assert_alike(ours, sample(fresh, batch, backend="native"))
+
+
+def test_columns_take_no_more_than_they_have_room_for() -> None:
+    from kernels.gpu.sampling_columns import upload
+
+    batch = SamplingBatch.build(2, presence_penalty=1.0, output_ids=[[1, 2], [3]])
+    columns = upload(batch, torch.device(DEVICE), capacity=4)
+    columns.refill(SamplingBatch.build(2, presence_penalty=0.5, temperature=0.0, output_ids=[[7], [3, 4]]))
+    assert columns["presence_penalty"].tolist() == [0.5, 0.5]
+    assert columns["scale"].tolist() == [0.0, 0.0]
+    for params in ({"top_k": 3}, {"presence_penalty": 1.0, "output_ids": [[1, 2, 3], []]}, {"num_logprobs": 0}):
+        with pytest.raises(ValueError, match=r"^columns hold 2 rows"):
+            columns.refill(SamplingBatch.build(2, **params))
