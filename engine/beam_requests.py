@@ -72,16 +72,18 @@ def advance_searches(
     if again:
         scores[again] = log_softmax_(scores[again], num_threads=num_threads)
     wanted = min(max(_beams(request).num_candidates for request in requests), scores.shape[1])
-    logprobs, tokens = (best.numpy() for best in top_k(scores, wanted, num_threads=num_threads))
-    start, table = 0, scores.numpy()
+    logprobs, tokens = (best.cpu().numpy() for best in top_k(scores, wanted, num_threads=num_threads))
+    everything = any(isinstance(_beams(request), ConstrainedBeamSearch) for request in requests)
+    start, table = 0, scores.cpu().numpy() if everything else None
     for request in requests:
         end, count = start + len(request.live), _beams(request).num_candidates
-        _advance(request, logprobs[start:end, :count], tokens[start:end, :count], table[start:end], cache)
+        own = None if table is None else table[start:end]
+        _advance(request, logprobs[start:end, :count], tokens[start:end, :count], own, cache)
         start = end
 
 
 def _advance(
-    request: Request, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs, cache: KVCache
+    request: Request, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs | None, cache: KVCache
 ) -> None:  # fmt: skip
     beams = _beams(request)
     cached = beams.length

@@ -20,7 +20,7 @@ def add_scores(sequence: Sequence, logits: Tensor, tokenizer: Tokenizer | None, 
     assert request.scored is not None
     first = request.scored[0] + len(request.scores)
     count = min(len(logits), request.scored[1] - first)
-    targets = torch.tensor(sequence.token_ids[first : first + count])
+    targets = torch.tensor(sequence.token_ids[first : first + count], device=logits.device)
     logprobs = logits[:count].log_softmax(-1)
     chosen = logprobs.gather(1, targets[:, None])
     if not bool(chosen.isfinite().all()):

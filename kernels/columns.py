@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels.backend import TRITON_DEVICE, TRITON_DTYPES, choose
 
 Number = int | float
 Column = Number | Sequence[Number] | Tensor
@@ -52,6 +55,32 @@ def floats(name: str, scores: Tensor) -> Any:
     if scores.dtype is not torch.float32 or scores.device.type != "cpu":
         raise ValueError(f"{name} must be a float32 CPU tensor, got {_describe(scores)}")
     return scores.detach().numpy()
+
+
+def pick(operation: str, scores: Tensor, backend: str | None) -> str:
+    """The backend of a choice among scores: `native` for the CPU's, `triton` for a GPU's, and interpreted if asked."""
+    on_gpu = ("triton",) if scores.device.type == TRITON_DEVICE else ()
+    serves = on_gpu if scores.is_cuda and on_gpu else ("native", *on_gpu)
+    return choose(operation, serves, backend, has=("native", "triton"))
+
+
+def check_rows(name: str, scores: Tensor, *, writes: bool = False) -> None:
+    """Raises ValueError for what the Triton kernels do not take as rows of scores; to write, float32 rows apart."""
+    dtypes = (torch.float32,) if writes else TRITON_DTYPES
+    if scores.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be of {allowed}, got {_describe(scores)}")
+    if scores.ndim != 2 or scores.shape[1] == 0:
+        raise ValueError(f"{name} must have the shape (rows, vocab), vocab at least 1, got {tuple(scores.shape)}")
+    if scores.shape[1] > 1 and scores.stride(1) != 1:
+        raise ValueError(f"{name} must have contiguous rows, got strides {scores.stride()}")
+    if writes and scores.shape[0] > 1 and scores.stride(0) < scores.shape[1]:
+        raise ValueError(f"{name} must have rows that do not overlap, got strides {scores.stride()}")
+
+
+def on_device_of(scores: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(scores.device) if scores.is_cuda else nullcontext()
 
 
 def thread_count(num_threads: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Edits of rows of scores on the CPU before a choice is made from them: of logits, or of a beam's log-probabilities."""
+"""Edits of rows of scores before a choice is made from them: of logits, or of a beam's log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,8 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.columns import Column, TokenLists, arrays, column, floats, histories, thread_count
+from kernels.backend import TRITON_DEVICE
+from kernels.columns import (
+    Column,
+    TokenLists,
+    arrays,
+    check_rows,
+    column,
+    floats,
+    histories,
+    on_device_of,
+    pick,
+    thread_count,
+)  # fmt: skip
 from kernels.extension import _C
+
+if TRITON_DEVICE is not None:
+    from kernels.gpu import logit_edits as gpu
 
 Bias = Mapping[int, float] | Iterable[tuple[int, float]]
 
@@ -82,17 +97,25 @@ class LogitEdits:
         )
 
 
-def edit_logits(scores: Tensor, edits: LogitEdits, *, num_threads: int | None = None) -> None:
-    """Changes the rows of `scores` that `edits` names, in place; float32 CPU (rows, vocab), contiguous rows.
+def edit_logits(
+    scores: Tensor, edits: LogitEdits, *, num_threads: int | None = None, backend: str | None = None
+) -> None:
+    """Changes the rows of `scores` that `edits` names, in place; float32 (rows, vocab), contiguous rows.
 
     In this order: repetition penalty (each distinct token once), n-gram ban, bias, forced token, mask; a later one
-    overrides an earlier one. `num_threads` defaults to torch's; a row is done by one thread, alike on every CPU path.
+    overrides an earlier one. Backends: `native` on a CPU (`num_threads` defaults to torch's; a row is done by one
+    thread, alike on every CPU path) and `triton` on a GPU, to the same bits; what is off there is not launched.
     A forced or masked row takes a pass or two over it, bound by memory; the others what their history and biases take,
     bound by reaching scattered scores. Autograd is not told.
 
     Raises ValueError, before anything is written, if shapes, strides, dtype or device do not fit, or naming the row if
     it is not among the scores, holds a token outside the vocabulary, or has a mask narrower than that.
     """
+    if pick("edit_logits", scores, backend) == "triton":
+        check_rows("scores", scores, writes=True)
+        with on_device_of(scores):
+            gpu.edit_logits(scores.detach(), edits)
+        return
     _C.edit_logits(floats("scores", scores), edits._native, thread_count(num_threads))
 
 

@@ -1,22 +1,51 @@
-"""Drawing the next token of each row of logits on the CPU: one pass over a row, no sort of the vocabulary.
+"""Drawing the next token of each row of logits: one pass over a row, no sort of the vocabulary.
 
-The parameters mean what they mean in vLLM. The random number is an argument in disguise: a pure function of
-a row's `(seed, position)` by Philox4x32-10, so its token does not depend on its neighbours, its place or the
-threads.
+On the CPU by csrc/sampling.h, on a GPU by kernels/gpu/sampling.py. The parameters mean what they mean in vLLM. The
+random number is an argument in disguise: a pure function of a row's `(seed, position)` by Philox4x32-10, so its token
+does not depend on its neighbours, its place or the threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from kernels.columns import Column, TokenLists, arrays, column, floats, histories, thread_count
+from kernels.backend import TRITON_DEVICE
+from kernels.columns import (
+    Column,
+    TokenLists,
+    arrays,
+    check_rows,
+    column,
+    floats,
+    histories,
+    on_device_of,
+    pick,
+    thread_count,
+)
 from kernels.extension import _C
 from kernels.logit_edits import LogitEdits, edit_logits
 
-__all__ = ["LogitEdits", "SampleResult", "SamplingBatch", "edit_logits", "log_softmax_", "sample", "top_k"]
+if TRITON_DEVICE is not None:
+    from kernels.gpu import log_softmax as gpu_log_softmax
+    from kernels.gpu import sampling as gpu
+    from kernels.gpu import top_tokens as gpu_top_tokens
+    from kernels.gpu.sampling_columns import upload
+
+__all__ = [
+    "Draw",
+    "LogitEdits",
+    "SampleResult",
+    "SamplingBatch",
+    "draw",
+    "edit_logits",
+    "log_softmax_",
+    "sample",
+    "top_k",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +142,10 @@ class SampleResult:
     errors: list[str | None]  # a sentence where a row could not be sampled
 
 
-def sample(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None) -> SampleResult:
-    """Draw one token a row from float32 CPU `logits` (rows, vocab), contiguous along the vocabulary.
+def sample(
+    logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None, backend: str | None = None
+) -> SampleResult:
+    """Draw one token a row from `logits` (rows, vocab), contiguous along the vocabulary; the result is on the CPU.
 
     In this order: penalties, temperature (below 1e-5 is greedy), min_p, top_k, top_p over what is left,
     typical_p over what is left then (locally typical sampling, Meister et al. 2022: the tokens whose surprise is
@@ -122,48 +153,85 @@ def sample(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = No
     keeps exactly k. Tokens less likely than exp(-87) times the best are never drawn. The logits are not written.
 
     A row with NaN, +inf or nothing but -inf, or with a token of its history outside the vocabulary, gets a
-    sentence in `errors`; other rows do not notice. `num_threads` defaults to torch's. Every CPU path (see
-    csrc/row_kernels.h) gives the same bits. Raises ValueError if shapes, dtype or device do not fit.
+    sentence in `errors`; other rows do not notice. Backends: `native` (float32 on a CPU; every CPU path, see
+    csrc/row_kernels.h, gives the same bits; `num_threads` defaults to torch's) and `triton` (float32, bfloat16 or
+    float16 on a GPU; the same tokens but for rounding at a boundary). Raises ValueError if shapes, dtype or device do
+    not fit, or for a backend that is missing.
     """
+    if pick("sample", logits, backend) == "triton":
+        return _draw_on_gpu(logits, batch).result()
     *results, errors = _C.sample(floats("logits", logits), batch._native, thread_count(num_threads))
     token_ids, logprobs, ranks, top_logprobs, top_ids = map(torch.from_numpy, results)
     return SampleResult(token_ids, logprobs, ranks, top_logprobs, top_ids, errors)
 
 
 class Draw:
-    """What ``draw`` returns: tokens on the logits' device, int64 (rows,), and the whole result when it is asked for."""
+    """A draw on its way: ``token_ids``, int64 (rows,), are where the logits are, and ``result`` waits for all of it."""
 
-    def __init__(self, token_ids: Tensor, result: SampleResult) -> None:
-        self.token_ids, self._result = token_ids, result
-
-    def result(self) -> SampleResult:
-        return self._result
+    def __init__(self, token_ids: Tensor, result: Callable[[], SampleResult]) -> None:
+        self.token_ids, self.result = token_ids, result
 
 
-def draw(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None) -> Draw:
-    result = sample(logits, batch, num_threads=num_threads)
-    return Draw(result.token_ids, result)
+def draw(
+    logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None, backend: str | None = None
+) -> Draw:
+    """As `sample`, but on a GPU nothing is waited for before its result is asked for."""
+    if pick("sample", logits, backend) == "triton":
+        return _draw_on_gpu(logits, batch)
+    result = sample(logits, batch, num_threads=num_threads, backend="native")
+    return Draw(result.token_ids, lambda: result)
 
 
-def top_k(scores: Tensor, k: int, *, num_threads: int | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of float32 CPU `scores` (rows, vocab), and their ids: float32 and int64 (rows, k).
+def top_k(
+    scores: Tensor, k: int, *, num_threads: int | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `scores` (rows, vocab), and their ids: float32 and int64 (rows, k), where the
+    scores are.
 
     Largest first, lower ids first among equals. What is -inf is left out: behind the others are -inf and id 0. A row
-    with NaN or +inf gets NaN. Raises ValueError if shapes, dtype or device do not fit, or for k outside [1, vocab].
+    with NaN or +inf gets NaN. Backends and dtypes as in `sample`. Raises ValueError if shapes, dtype or device do not
+    fit, or for k outside [1, vocab].
     """
+    if pick("top_k", scores, backend) == "triton":
+        check_rows("scores", scores)
+        if not 1 <= k <= scores.shape[1]:
+            raise ValueError(f"k must be from 1 to {scores.shape[1]}, got {k}")
+        with on_device_of(scores):
+            return gpu_top_tokens.top_k(scores, k)
     values, ids = _C.top_k(floats("scores", scores), k, thread_count(num_threads))
     return torch.from_numpy(values), torch.from_numpy(ids)
 
 
-def log_softmax_(scores: Tensor, *, num_threads: int | None = None) -> Tensor:
-    """Makes each row of float32 CPU `scores` (rows, vocab) its log-softmax in place, and returns `scores`.
+def log_softmax_(scores: Tensor, *, num_threads: int | None = None, backend: str | None = None) -> Tensor:
+    """Makes each row of `scores` (rows, vocab) its log-softmax in place, and returns `scores`.
 
     A row with NaN or +inf, or of nothing but -inf, becomes NaN throughout. What bounds it is an exponential a token. A
-    row's bits depend on nothing but the row. Raises ValueError if shapes, strides, dtype or device do not fit. Autograd
-    is not told.
+    row's bits depend on nothing but the row. Backends as in `sample`; float32 on both. Raises ValueError if shapes,
+    strides, dtype or device do not fit. Autograd is not told.
     """
+    if pick("log_softmax_", scores, backend) == "triton":
+        check_rows("scores", scores, writes=True)
+        with on_device_of(scores):
+            gpu_log_softmax.log_softmax_(scores.detach())
+        return scores
     _C.log_softmax(floats("scores", scores), thread_count(num_threads))
     return scores
+
+
+def _draw_on_gpu(logits: Tensor, batch: SamplingBatch) -> Draw:
+    check_rows("logits", logits)
+    if logits.shape[0] != batch.rows:
+        raise ValueError(f"logits must have the {batch.rows} rows of the batch, got {logits.shape[0]}")
+    with on_device_of(logits), torch.no_grad():
+        drawn = gpu.launch(logits, upload(batch, logits.device))
+        download = drawn.download()
+
+    def result() -> SampleResult:
+        found = download()
+        errors = [gpu.MESSAGES[code] for code in found.errors.tolist()]
+        return SampleResult(found.token_ids, found.logprobs, found.ranks, found.top_logprobs, found.top_ids, errors)
+
+    return Draw(drawn.token_ids, result)
 
 
 def _history(rows: int, prompt_ids: TokenLists | None, output_ids: TokenLists | None) -> dict[str, Tensor]:

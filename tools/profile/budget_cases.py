@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -157,6 +158,37 @@ def linear_cross_entropy(
         loss_of_logits(logits, labels, LossOptions(label_smoothing, z_loss, softcap, 1.0, -100), gradients)
 
 
+def sampling(vocab: int = 131_072, dtype: torch.dtype = torch.float32, **params: Any) -> None:
+    from kernels.gpu.sampling import launch
+    from kernels.gpu.sampling_columns import upload
+    from kernels.sampling import SamplingBatch
+
+    logits = torch.zeros(2, vocab, dtype=dtype)
+    launch(logits, upload(SamplingBatch.build(2, **params), logits.device))
+
+
+def edits() -> None:
+    from kernels.gpu.logit_edits import edit_logits
+    from kernels.sampling import LogitEdits
+
+    edit_logits(
+        torch.zeros(2, 131_072),
+        LogitEdits.build(
+            [0, 1], repetition_penalty=1.5, no_repeat_ngram_size=2, bias=[{1: 2.0}, {}], forced=[3, -1], mask=[-1, 0],
+            masks=torch.zeros(1, 4096, dtype=torch.int32), token_ids=[[1, 2], [3]],
+        ),
+    )  # fmt: skip
+
+
+def beams() -> None:
+    from kernels.gpu.log_softmax import log_softmax_
+    from kernels.gpu.top_tokens import top_k
+
+    scores = torch.zeros(2, 131_072)
+    log_softmax_(scores)
+    top_k(scores, 8)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention/d64": Attention(64),
     "attention/d64-causal": Attention(64, causal=True),
@@ -235,6 +267,15 @@ CASES: dict[str, Callable[[], None]] = {
     "cross_entropy/bf16-50257": partial(cross_entropy, torch.bfloat16, 50_257),
     "cross_entropy/fp32-32000": partial(cross_entropy, torch.float32, 32_000),
     "cross_entropy/bf16-32000-smoothed": partial(cross_entropy, torch.bfloat16, 32_000, 0.1, 1e-4),
+    "sampling/greedy": partial(sampling, temperature=0.0),
+    "sampling/plain": partial(sampling),
+    "sampling/plain-50257-bf16": partial(sampling, 50_257, torch.bfloat16),
+    "sampling/filters": partial(sampling, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02),
+    "sampling/everything": partial(
+        sampling, 50_257, top_k=50, typical_p=0.9, presence_penalty=0.5, output_ids=[[1], [2]], num_logprobs=5
+    ),
+    "sampling/edits": edits,
+    "sampling/beams": beams,
     "linear_cross_entropy/bf16": partial(linear_cross_entropy, torch.bfloat16),
     "linear_cross_entropy/bf16-softcap": partial(linear_cross_entropy, torch.bfloat16, 0.1, 1e-4, 30.0),
 }

@@ -1,6 +1,6 @@
-"""Sampling on the CPU: temperature 0.8, top_k 50, top_p 0.9 against a peer's processors; and pure greedy.
+"""Sampling: temperature 0.8, top_k 50, top_p 0.9 against a peer's processors; and pure greedy.
 
-What limits it is reading the logits once: 4 bytes a token of the vocabulary. A batch sampled over and over
+Where there is a GPU it is the GPU's that is measured (sampling_gpu.py). On a CPU, what limits it is reading the logits once: 4 bytes a token of the vocabulary. A batch sampled over and over
 comes from cache; greedy rows rotate over more memory than caches hold and are set against the memory's speed.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.sampling import SamplingBatch, sample
+from tools.profile import sampling_gpu
 from tools.profile.machine import Cell
 from tools.profile.options import Options
 from tools.profile.report import Report
@@ -46,6 +47,11 @@ PEERS: dict[str, Callable[[], Warper]] = {"transformers": transformers_warper}
 
 def run(options: Options) -> Report:
     """Measure every shape at every batch size; a failed check is among the report's failures."""
+    if torch.cuda.is_available():
+        report = Report("sampling", ("what", "vocab", "batch"), path=options.json)
+        report.start()
+        sampling_gpu.run(options.shapes, options.seconds, report)
+        return report
     peers = {name: PEERS[name]() for name in options.against or ()}
     report = Report("sampling", ("what", "vocab", "batch"), ("us/row", "20%", "80%"), path=options.json)
     report.start()
