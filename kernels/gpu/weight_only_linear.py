@@ -2,9 +2,9 @@
 of four, or halves.
 
 A program takes a block of outputs and all rows, walks over its share of the inputs, makes numbers of the weight's bits
-in registers, and multiplies on tensor cores. Where blocks of outputs are too few to fill the GPU, several programs share
-one: each leaves its sums, and the last to arrive adds them up, in an order of their own, so that the bits do not depend
-on who is last. Products and sums are float32.
+in registers, and multiplies on tensor cores. Where blocks of outputs are too few to fill the GPU, several programs
+share one: each leaves its sums, and the last to arrive adds them up, in an order of their own, so that the bits do not
+depend on who is last. Sums are float32.
 """
 
 from __future__ import annotations
