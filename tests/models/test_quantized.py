@@ -101,7 +101,7 @@ def test_a_live_models_copy(kind: str, quantization: DeviceQuantization) -> None
     assert twin.generation is model.generation
     plain = logits_of(model)
     error = (logits_of(twin) - plain).std() / plain.std()
-    assert 0 < error < (0.3 if quantization == "int4" else 0.1)
+    assert 0 < error < (0.5 if quantization == "int4" else 0.2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
     assert twin.decoder.embedding.tokens.weight.data_ptr() == model.decoder.embedding.tokens.weight.data_ptr()
 
