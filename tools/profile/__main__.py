@@ -123,7 +123,7 @@ def read(parsed: argparse.Namespace, operation: ModuleType) -> Options:
         batches=numbers("--batch", parsed.batch),
         modes=known("mode", listed(parsed.mode), getattr(operation, "MODES", MODES)),
         dtypes=[DTYPES[name] for name in known("dtype", listed(parsed.dtype), DTYPES)],
-        precisions=known("precision", listed(parsed.precision), PRECISIONS),
+        precisions=known("precision", listed(parsed.precision), getattr(operation, "WEIGHTS", PRECISIONS)),
         prompt=number("--prompt", parsed.prompt) or Options.prompt,
         beams=number("--beams", parsed.beams),
         requests=number("--requests", parsed.requests) or Options.requests,
