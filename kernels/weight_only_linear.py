@@ -2,7 +2,7 @@
 
 Activations stay floats: a weight's bits become numbers on their way to the tensor cores. Up to 64 rows one kernel reads
 the weight once; beyond, a product is bound by its arithmetic, so the weight is made floats first and torch multiplies.
-Without gradients.
+There are no gradients.
 """
 
 from __future__ import annotations
@@ -177,10 +177,13 @@ def weight_only_linear(
             chosen by ``kernels.backend`` unless given.
 
     Sums are float32, in an order that depends on the number of rows alone. It can be captured in a CUDA graph. Raises
-    ValueError for what does not fit together, and for a backend that is missing.
+    ValueError for what does not fit together, and for a backend that is missing; RuntimeError where a gradient would be
+    lost.
     """
     _check(x, weight, bias, activation, gated, residual)
     name = choose("weight_only_linear", available(x.device, triton=triton_serves(x)), backend, has=BACKENDS)
+    if name == "triton" and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("packed weights have no gradients: call them under torch.no_grad()")
     dtype = out_dtype or x.dtype
     width = weight.out_features // 2 if gated else weight.out_features
     rows = x.reshape(-1, weight.in_features)

@@ -45,7 +45,7 @@ CONFIGS: dict[int, dict[int, Config]] = {
     4: {8: Config(8, 64, TILE, 2, 4), 16: Config(16, 64, TILE, 2, 3), 64: Config(32, 64, TILE, 2, 3)},
     8: {8: Config(8, 64, 128, 2, 4), 16: Config(16, 64, 128, 2, 4), 64: Config(32, 64, 128, 2, 3)},
     16: {8: Config(8, 64, 128, 2, 3), 16: Config(16, 64, 128, 2, 3), 64: Config(32, 64, 64, 2, 4)},
-    32: {64: Config(16, 64, 64, 4, 2)},  # float32 rows, whatever the weight
+    32: {64: Config(16, 32, 64, 2, 2)},  # float32 rows, whatever the weight
 }
 # What another architecture takes instead, by (architecture, bits, most rows).
 OTHERS: dict[tuple[str, int, int], Config] = {}

@@ -219,6 +219,15 @@ def test_what_does_not_fit_is_refused() -> None:
         DeviceWeight.pack(x * torch.inf, DEVICE, torch.float32, float8=True)
 
 
+@needs_triton
+def test_a_gradient_is_not_lost_in_silence() -> None:
+    weight, x = pack("int8", 40, 96), numbers(5, 96).to(DEVICE).requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        weight_only_linear(x, weight, backend="triton")
+    with torch.no_grad():
+        assert weight_only_linear(x, weight, backend="triton").shape == (5, 40)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @EACH_KIND
