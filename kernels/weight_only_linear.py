@@ -7,6 +7,7 @@ There are no gradients.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -188,10 +189,11 @@ def weight_only_linear(
     width = weight.out_features // 2 if gated else weight.out_features
     rows = x.reshape(-1, weight.in_features)
     residual = None if residual is None else residual.reshape(-1, width)
-    if name == "triton" and len(rows) <= MOST_ROWS:
-        out = _of_few_rows(rows.contiguous(), weight, bias, activation, gated, residual, dtype)
-    elif name == "triton":
-        out = _of_many_rows(rows, weight, bias, activation, gated, residual, dtype)
+    if name == "triton":
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            compute = _of_few_rows if len(rows) <= MOST_ROWS else _of_many_rows
+            out = compute(rows.contiguous(), weight, bias, activation, gated, residual, dtype)
     else:
         number = x.dtype if name == "torch" else torch.float32
         product = F.linear(rows.to(number), weight.dequantize(number), None if bias is None else bias.to(number))

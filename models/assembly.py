@@ -47,12 +47,12 @@ def named_weights(
 ) -> NamedWeights:  # fmt: skip
     """The weights of a model made on the meta device, one after the other, each with all the names it has there.
 
-    Tensors are on the device, in the dtype (None: the file's); one that needs no change is a view of the mapped file.
+    They are on the device, floats in the dtype (None: the file's); what needs no change is a view of the mapped file.
     ``quantization``: None, quantised ones are made floats; "auto", they are as stored; "int8" and "int4", linear layers
     and token embeddings are quantised, though with "int4" embeddings and head have eight bits unless stored in four,
-    as rows do that are no whole groups. Quantised weights stay on the CPU. The largest come first: what a weight takes
-    on its way is then least where most of the model is there already. ``keeps_tables``: token embeddings are floats all
-    the same, and a head that is tied to them comes apart from them.
+    as rows do that are no whole groups. ``keeps_tables``: token embeddings are floats all the same, and a head that is
+    tied to them comes apart from them. The largest come first: what a weight takes on its way is then least where most
+    of the model is there already.
 
     Raises CheckpointError, naming the file and the tensor, unless the file has what the model needs, in its shapes,
     and nothing else: for names at once, for shapes and numbers on the way.
@@ -65,7 +65,7 @@ def named_weights(
     def read(slot: Slot, floats: bool = False) -> Weight:
         source = plan[slot.names[0]]
         if quantization is not None and slot.is_linear and not floats:
-            weight = reader.quantized(source, slot.shape, quantization, slot.is_vocabulary)
+            weight = reader.quantized(source, slot.shape, quantization, slot.is_vocabulary, torch.device(device))
             if weight is not None:
                 return weight
         return reader.tensor(source, slot.shape, torch.device(device), dtype_of(model.config, slot.names[0], dtype))

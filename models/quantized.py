@@ -103,7 +103,7 @@ def _live_weights(model: nn.Module, quantization: str) -> NamedWeights:
             yield tables, weight
         if others and quantization in BITS and is_linear(model, others[0]):
             bits = bits_of(quantization, weight.shape[1], any(map(is_vocabulary, others)))
-            yield others, quantize(weight.cpu(), bits)
+            yield others, quantize(weight, bits)
         elif others:
             yield others, weight
 
