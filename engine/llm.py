@@ -35,6 +35,7 @@ from models.assembly import NamedWeights
 from models.files import CheckpointError
 from models.generation import GenerationConfig
 from models.native import live_weights
+from models.quantized import quantized_copy
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
 
@@ -84,8 +85,8 @@ class LLM:
     ) -> LLM:
         """An engine around a live model, whose weights it shares, on the device they are on (auto, or its name).
 
-        The model is put into evaluation mode. With ``backend="native"`` the engine packs a copy of the weights as they
-        are now; what the model learns later it does not see.
+        The model is put into evaluation mode. With ``backend="native"``, and with ``quantization`` on CUDA, the engine
+        packs a copy of the weights as they are now; what the model learns later it does not see.
         """
         if not isinstance(model, DecoderOnly | EncoderDecoder) or not isinstance(tokenizer, Tokenizer | None):
             raise ValueError("LLM.from_model takes a model of ours and its tokenizer; LLM takes a folder")
@@ -93,16 +94,20 @@ class LLM:
         if device != "auto" and resolve_device(device).type != own.type:
             raise ValueError(f"device is {device}, but the model is on {own.type}")
         checked = EngineOptions.of(options)
-        if checked.quantization is not None and checked.backend != "native":
-            raise ValueError("a live model is quantised for backend='native' alone")
+        packs = checked.packs_for_device(own)
+        if checked.quantization is not None and checked.backend != "native" and not packs:
+            raise ValueError("a live model is quantised for backend='native' and for CUDA's own kernels alone")
         llm = cls.__new__(cls)
         llm._loaded = None
         weights = None
+        model.eval()
         if checked.backend == "native":
             checked.check_native(own)
             weights = live_weights(model, checked.quantization)
-        llm._start(model.eval(), tokenizer, checked, weights, own)
-        llm.engine.weights_may_change = weights is None
+        if packs and checked.quantization is not None:
+            model = quantized_copy(model, checked.quantization, checked.linear_backend)
+        llm._start(model, tokenizer, checked, weights, own)
+        llm.engine.weights_may_change = weights is None and not packs
         return llm
 
     def _start(

@@ -10,10 +10,10 @@ import torch
 
 from engine.sampling import check_number
 from engine.speculative_config import SpeculativeConfig
-from kernels.backend import BACKENDS, available, choose
+from kernels.backend import BACKENDS, TRITON_DEVICE, available, choose
 from kernels.cached_attention import PAGE
 from models.config import LARGEST, TransformerConfig
-from models.sources import Quantization
+from models.quantized import FLOAT8, DeviceQuantization
 
 RANGES = {
     "tensor_parallel_size": (1, 1),
@@ -25,7 +25,7 @@ LENGTH_WITHOUT_LIMIT = 2048  # of a model whose positions have no end
 CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
 # Few enough that those who decode meanwhile do not wait long.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-QUANTIZATIONS = (None, "auto", "int8", "int4")
+QUANTIZATIONS = (None, "auto", "int8", "int4", FLOAT8)
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +39,8 @@ class EngineOptions:
             by our kernels for a GPU, which auto takes where there is one), torch or reference (torch runs it, with its
             own kernels or by the formulas).
         quantization: None: weights as floats. int8, int4: the linear layers and embeddings in eight or four bits; auto:
-            in as many as the file has them in.
+            in as many as the file has them in; fp8: the linear layers in floats of eight bits, on CUDA from sm_90 on.
+            Where CUDA's own kernels run, embeddings stay floats.
         max_num_seqs: most sequences decoded at once.
         max_model_len: longest source, and longest prompt plus output; the model's own limit unless given, 2,048 for one
             that has none.
@@ -60,7 +61,7 @@ class EngineOptions:
     """
 
     backend: str = "auto"
-    quantization: Quantization | None = None
+    quantization: DeviceQuantization | None = None
     max_num_seqs: int = 256
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None
@@ -114,6 +115,24 @@ class EngineOptions:
         if native:
             self.check_native(device)
         return native
+
+    def packs_for_device(self, device: torch.device) -> bool:
+        """Whether linear layers keep quantised weights where torch runs the model.
+
+        Raises ValueError for fp8 where they do not.
+        """
+        kernels = self.backend == "triton" or (self.backend == "auto" and device.type == "cuda")
+        packs = self.quantization is not None and kernels and device.type == TRITON_DEVICE
+        if self.quantization == FLOAT8 and not packs:
+            raise ValueError(
+                f"quantization='fp8' needs CUDA's own kernels, and this is backend {self.backend!r} on {device}"
+            )
+        return packs
+
+    @property
+    def linear_backend(self) -> str | None:
+        """What quantised layers on a device are asked to run on; None: its own choice."""
+        return None if self.backend == "auto" else self.backend
 
     def check_native(self, device: torch.device) -> None:
         """Raises ValueError for options that the native backend does not go with."""

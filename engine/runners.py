@@ -14,10 +14,11 @@ from engine.runner import Runner, TorchRunner
 from engine.tensor_cache import TensorStorage
 from kernels.backend import available, choose, triton_serves
 from kernels.cached_attention import CacheFormat
-from models import checkpoint
+from models import checkpoint, quantized
 from models.assembly import NamedWeights
 from models.config import TransformerConfig
 from models.native import Weights, lower
+from models.quantized import FLOAT8
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
 
@@ -26,9 +27,14 @@ def open_checkpoint(
     folder: str | Path, options: EngineOptions, device: torch.device, dtype: torch.dtype
 ) -> tuple[DecoderOnly | EncoderDecoder, Tokenizer | None, NamedWeights | None]:
     """A checkpoint's model and tokenizer; with its weights apart where the C++ core runs it, else in the model."""
+    packs, quantization = options.packs_for_device(device), options.quantization
     if options.runs_native(device):
-        return checkpoint.open_model(folder, options.quantization, dtype=dtype)
-    return *checkpoint.load(folder, device, dtype, options.quantization), None
+        assert quantization != FLOAT8
+        return checkpoint.open_model(folder, quantization, dtype=dtype)
+    if packs and quantization is not None:
+        return *quantized.load(folder, device, dtype, quantization, options.linear_backend), None
+    assert quantization != FLOAT8
+    return *checkpoint.load(folder, device, dtype, quantization), None
 
 
 def runner_of(

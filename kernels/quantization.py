@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 GROUPS = (32, 64)
-SLICE = 1 << 18  # weights worked on at a time: few enough for a core's cache, many enough to hide torch's calls
+# Weights worked on at a time: few enough for a core's cache, many enough to hide torch's calls; on a GPU, to fill it.
+SLICE, DEVICE_SLICE = 1 << 18, 1 << 24
 # What a group's largest weight may become besides what fills the range: rounding the others is finer below it.
 SYMMETRIC_TOPS = (8.9, 8.4, 7.9, 7.4)
 SHRINKAGES = (1.0, 0.95, 0.9, 0.85)
@@ -20,7 +21,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix (out_features, in_features) of small integers and what they are multiplied by, on the CPU.
+    """A matrix (out_features, in_features) of small integers and what they are multiplied by, on one device.
 
     Eight bits: w = scale * value, ``values`` int8 (N, K), ``scales`` float32 (N,). Four bits: w = scale * value +
     minimum, with a scale and a minimum for each ``group`` of 32 or 64 inputs of a row; without minimums, w = scale *
@@ -77,6 +78,9 @@ class QuantizedWeight:
         """The rows of an index (int64) in its order, or of a slice."""
         return QuantizedWeight(*(tensor[index] for tensor in self._tensors()))
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        return QuantizedWeight(*(tensor.to(device) for tensor in self._tensors()))
+
     def dequantize(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The weights (out_features, in_features) as floats, computed as float32."""
         out = torch.empty(self.shape, dtype=dtype, device=device)
@@ -106,7 +110,7 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 
 def quantize(weight: Tensor, bits: int, *, group: int = 32, symmetric: bool = True) -> QuantizedWeight:
-    """A matrix (out_features, in_features) of floats on the CPU in 8 or 4 bits; the last two are about four.
+    """A matrix (out_features, in_features) of floats in 8 or 4 bits, on its device; the last two are about four.
 
     Eight bits take a row's largest magnitude to 127. Four bits take, of several scales (and minimums) for a group, the
     one of least squared error. Raises ValueError for weights that are not finite, or, in four bits, do not fit
@@ -140,16 +144,19 @@ def _fill(
     """The whole weight, slice by slice: ``quantize_slice`` takes float32 rows. values, scales: dtype and columns."""
     rows = len(weight)
     shapes = [values, scales, *([scales] if minimums else [])]
-    tensors = [torch.empty((rows,) if n is None else (rows, n), dtype=dtype) for dtype, n in shapes]
-    for part in _slices(*weight.shape):
+    tensors = [
+        torch.empty((rows,) if n is None else (rows, n), dtype=dtype, device=weight.device) for dtype, n in shapes
+    ]
+    size = SLICE if weight.device.type == "cpu" else DEVICE_SLICE
+    for part in _slices(rows, weight.shape[1], size):
         slice = weight[part].detach().float().contiguous()
         for tensor, result in zip(tensors, quantize_slice(slice), strict=True):
             tensor[part] = result
     return QuantizedWeight(*tensors)
 
 
-def _slices(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, SLICE // max(1, columns))
+def _slices(rows: int, columns: int, size: int = SLICE) -> Iterator[slice]:
+    step = max(1, size // max(1, columns))
     yield from (slice(start, end) for start, end in pairwise([*range(0, rows, step), rows]))
 
 

@@ -172,9 +172,7 @@ class Draw:
         self.token_ids, self.result = token_ids, result
 
 
-def draw(
-    logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None, backend: str | None = None
-) -> Draw:
+def draw(logits: Tensor, batch: SamplingBatch, *, num_threads: int | None = None, backend: str | None = None) -> Draw:
     """As `sample`, but on a GPU nothing is waited for before its result is asked for."""
     if pick("sample", logits, backend) == "triton":
         return _draw_on_gpu(logits, batch)

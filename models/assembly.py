@@ -43,14 +43,16 @@ class Slot:
 def named_weights(
     model: DecoderOnly | EncoderDecoder, weights: Weights, family: Family, *, where: Path,
     quantization: Quantization | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    keeps_tables: bool = False,
 ) -> NamedWeights:  # fmt: skip
     """The weights of a model made on the meta device, one after the other, each with all the names it has there.
 
-    Tensors are on the device, in the dtype (None: the file's); one that needs no change is a view of the mapped file.
+    They are on the device, floats in the dtype (None: the file's); what needs no change is a view of the mapped file.
     ``quantization``: None, quantised ones are made floats; "auto", they are as stored; "int8" and "int4", linear layers
     and token embeddings are quantised, though with "int4" embeddings and head have eight bits unless stored in four,
-    as rows do that are no whole groups. Quantised weights stay on the CPU. The largest come first: what a weight takes
-    on its way is then least where most of the model is there already.
+    as rows do that are no whole groups. ``keeps_tables``: token embeddings are floats all the same, and a head that is
+    tied to them comes apart from them. The largest come first: what a weight takes on its way is then least where most
+    of the model is there already.
 
     Raises CheckpointError, naming the file and the tensor, unless the file has what the model needs, in its shapes,
     and nothing else: for names at once, for shapes and numbers on the way.
@@ -60,15 +62,23 @@ def named_weights(
     reader = SourceReader(weights, family.prefix, model.config, where)
     plan = _plan(slots, reader, family)
 
-    def read(slot: Slot) -> Weight:
+    def read(slot: Slot, floats: bool = False) -> Weight:
         source = plan[slot.names[0]]
-        if quantization is not None and slot.is_linear:
-            weight = reader.quantized(source, slot.shape, quantization, slot.is_vocabulary)
+        if quantization is not None and slot.is_linear and not floats:
+            weight = reader.quantized(source, slot.shape, quantization, slot.is_vocabulary, torch.device(device))
             if weight is not None:
                 return weight
-        return reader.tensor(source, slot.shape, torch.device(device), _dtype_of(model.config, slot.names[0], dtype))
+        return reader.tensor(source, slot.shape, torch.device(device), dtype_of(model.config, slot.names[0], dtype))
 
-    return ((slot.names, read(slot)) for slot in sorted(slots, key=lambda slot: -slot.shape.numel()))
+    def in_order() -> NamedWeights:
+        for slot in sorted(slots, key=lambda slot: -slot.shape.numel()):
+            tables = [name for name in slot.names if is_embedding(name)] if keeps_tables else []
+            if tables:
+                yield tables, read(slot, floats=True)
+            if others := [name for name in slot.names if name not in tables]:
+                yield others, read(slot)
+
+    return in_order()
 
 
 def fill(
@@ -77,7 +87,7 @@ def fill(
     """Gives a model made on the meta device its weights, as floats, and moves it to the device."""
     for names, weight in weights:
         if isinstance(weight, QuantizedWeight):
-            weight = weight.dequantize(_dtype_of(model.config, names[0], dtype) or torch.float32, device)
+            weight = weight.dequantize(dtype_of(model.config, names[0], dtype) or torch.float32, device)
         parameter = nn.Parameter(weight)
         for name in names:
             module, _, leaf = name.rpartition(".")
@@ -137,14 +147,20 @@ def is_linear(model: nn.Module, name: str) -> bool:
 
 def is_vocabulary(name: str) -> bool:
     """Whether a parameter has a row for each token: embeddings and the head."""
-    return name == "lm_head.weight" or name.endswith(".embedding.tokens.weight")
+    return name == "lm_head.weight" or is_embedding(name)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a parameter is a table of token embeddings."""
+    return name.endswith(".embedding.tokens.weight")
 
 
 def _source(name: str, weights: Mapping[str, Entry] | None) -> Source:
     return Source((name,)) if weights is None else source_of(name, weights)
 
 
-def _dtype_of(config: TransformerConfig, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+def dtype_of(config: TransformerConfig, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a parameter in a model of this one."""
     # Where T5 would overflow: see ``TransformerConfig.float32_residual``.
     exact = config.float32_residual and dtype == torch.float16 and name.endswith("ffn.down.weight")
     return torch.float32 if exact else dtype

@@ -74,6 +74,7 @@ def open_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    keeps_tables: bool = False,
 ) -> tuple[DecoderOnly | EncoderDecoder, Tokenizer | None, NamedWeights]:
     """The model on the meta device, its tokenizer, and its weights as ``models.assembly.named_weights`` gives them.
 
@@ -92,7 +93,10 @@ def open_model(
         built.generation = _generation(path, values, config.target_vocab_size or config.vocab_size)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    named = named_weights(built, weights, family, where=path, quantization=quantization, device=device, dtype=dtype)
+    named = named_weights(
+        built, weights, family, where=path, quantization=quantization, device=device, dtype=dtype,
+        keeps_tables=keeps_tables,
+    )  # fmt: skip
     return built, tokenizer, named
 
 

@@ -77,9 +77,10 @@ class SourceReader:
         return out
 
     def quantized(
-        self, source: Source, shape: torch.Size, quantization: Quantization, is_vocabulary: bool
-    ) -> QuantizedWeight | None:
-        """The source as quantised rows of this shape, None where "auto" finds floats.
+        self, source: Source, shape: torch.Size, quantization: Quantization, is_vocabulary: bool,
+        device: torch.device,
+    ) -> QuantizedWeight | None:  # fmt: skip
+        """The source as quantised rows of this shape on the device, None where "auto" finds floats.
 
         What is stored in the bits asked for stays as it is. Parts of different forms are joined in one: the one asked
         for, else the widest among them.
@@ -94,9 +95,9 @@ class SourceReader:
             bits = bits_of(quantization, shape[-1], is_vocabulary)
         form = forms.pop() if len(forms) == 1 else None
         parts = [
-            weight
+            weight.to(device)
             if weight is not None and weight.bits == bits and (bits == 8 or (weight.group, weight.symmetric) == form)
-            else self._quantize(source, name, bits, form)
+            else self._quantize(source, name, bits, form, device)
             for name, weight in zip(source.names, stored, strict=True)
         ]
         for name, part in zip(source.names, parts, strict=True):
@@ -110,8 +111,10 @@ class SourceReader:
             return weight
         return weight.rows(self._converted(source, name, torch.arange(weight.shape[0])))
 
-    def _quantize(self, source: Source, name: str, bits: int, form: tuple[int, bool] | None) -> QuantizedWeight:
-        part = self._part(source, name)
+    def _quantize(
+        self, source: Source, name: str, bits: int, form: tuple[int, bool] | None, device: torch.device
+    ) -> QuantizedWeight:
+        part = self._part(source, name).to(device)
         try:
             if bits == 8 or form is None:
                 return quantize(part, bits)

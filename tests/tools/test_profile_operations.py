@@ -13,6 +13,7 @@ from tools.profile import (
     attention_shapes,
     contenders,
     cross_entropy,
+    gpu_linear,
     linear,
     linear_cross_entropy,
     measure,
@@ -94,6 +95,24 @@ def test_packed_layers_are_measured_in_every_precision() -> None:
     for name in ("8x768", "0x1x1", "gpt3"):
         with pytest.raises(ValueError, match=f"unknown shape '{name}'"):
             linear.shapes([name], ["fp32"])
+
+
+@pytest.mark.skipif(TRITON_DEVICE is None, reason="needs triton")
+def test_layers_of_a_gpu_are_checked_in_every_precision() -> None:
+    device = torch.device(TRITON_DEVICE or "cpu")
+    everyone = gpu_linear.contenders(256, 64, device, gpu_linear.PRECISIONS, None)
+    assert list(everyone) == [*(f"tandem {name}" for name in gpu_linear.PRECISIONS), "eager"]
+    x = torch.randn(3, 256, device=device).to(gpu_linear.DTYPE)
+    assert all(0 < gpu_linear.error_of(contender, x) < 0.02 for contender in everyone.values())
+    assert everyone["tandem int4"].nbytes == 256 * 64 * 9 // 16
+    assert everyone["tandem int4-minimums"].nbytes == 256 * 64 * 10 // 16
+    assert linear.sizes(["decode", "8x768x3072"])[-2:] == [(64, 11008, 4096), (8, 768, 3072)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU measures it")
+def test_weights_that_only_a_gpu_measures_are_refused_without_one() -> None:
+    with pytest.raises(ValueError, match="weights in fp8 are not measured here: choose from fp32, int8, int4"):
+        linear.run(options(precisions=["fp8"]))
 
 
 def test_attention_over_caches_of_every_type_is_measured() -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from kernels.quantization import QuantizedWeight
+from kernels.weight_only_linear import DeviceWeight
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -189,6 +192,37 @@ def beams() -> None:
     top_k(scores, 8)
 
 
+@dataclass(frozen=True)
+class WeightOnly:
+    """A linear layer of few rows over a packed weight. kind: int8, int4, int4-minimums, fp8 or float."""
+
+    kind: str
+    rows: int
+    gated: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def __call__(self) -> None:
+        from kernels.gpu.target import architecture
+        from kernels.gpu.weight_only_linear import dequantize, linear
+
+        if self.kind == "fp8" and architecture() == "sm80":  # which has no such numbers
+            return
+        weight, x = self.weight(), torch.zeros(self.rows, 4096, dtype=self.dtype)
+        linear(x, weight, x[0], "silu" if self.gated else "none", self.gated, None, self.dtype)
+        if self.rows == 1 and self.kind != "float":
+            dequantize(weight, slice(0, 4096), self.dtype)
+
+    def weight(self) -> DeviceWeight:
+        size, scales = (4096, 4096), torch.zeros(4096, 128, dtype=torch.float16)
+        stored: QuantizedWeight | torch.Tensor = torch.zeros(size)
+        if self.kind == "int8":
+            stored = QuantizedWeight(torch.zeros(size, dtype=torch.int8), torch.zeros(4096))
+        elif self.kind.startswith("int4"):
+            minimums = scales if self.kind.endswith("minimums") else None
+            stored = QuantizedWeight(torch.zeros(4096, 2048, dtype=torch.uint8), scales, minimums)
+        return DeviceWeight.pack(stored, "cpu", self.dtype, float8=self.kind == "fp8")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "attention/d64": Attention(64),
     "attention/d64-causal": Attention(64, causal=True),
@@ -278,6 +312,28 @@ CASES: dict[str, Callable[[], None]] = {
     "sampling/beams": beams,
     "linear_cross_entropy/bf16": partial(linear_cross_entropy, torch.bfloat16),
     "linear_cross_entropy/bf16-softcap": partial(linear_cross_entropy, torch.bfloat16, 0.1, 1e-4, 30.0),
+    "linear/int8-1": WeightOnly("int8", 1),
+    "linear/int8-1-gated": WeightOnly("int8", 1, gated=True),
+    "linear/int8-16": WeightOnly("int8", 16),
+    "linear/int8-64": WeightOnly("int8", 64),
+    "linear/int8-64-gated": WeightOnly("int8", 64, gated=True),
+    "linear/int8-1-fp16": WeightOnly("int8", 1, dtype=torch.float16),
+    "linear/int8-16-fp32": WeightOnly("int8", 16, dtype=torch.float32),
+    "linear/int4-1": WeightOnly("int4", 1),
+    "linear/int4-1-gated": WeightOnly("int4", 1, gated=True),
+    "linear/int4-16": WeightOnly("int4", 16),
+    "linear/int4-16-gated": WeightOnly("int4", 16, gated=True),
+    "linear/int4-64": WeightOnly("int4", 64),
+    "linear/int4-1-fp16": WeightOnly("int4", 1, dtype=torch.float16),
+    "linear/int4-16-fp32": WeightOnly("int4", 16, dtype=torch.float32),
+    "linear/int4-minimums-1": WeightOnly("int4-minimums", 1),
+    "linear/int4-minimums-1-gated": WeightOnly("int4-minimums", 1, gated=True),
+    "linear/int4-minimums-64": WeightOnly("int4-minimums", 64),
+    "linear/fp8-1": WeightOnly("fp8", 1),
+    "linear/fp8-64-gated": WeightOnly("fp8", 64, gated=True),
+    "linear/bf16-1": WeightOnly("float", 1),
+    "linear/bf16-1-gated": WeightOnly("float", 1, gated=True),
+    "linear/bf16-64": WeightOnly("float", 64),
 }
 
 # Those that also have to compile for AMD's gfx942; what they take there is not held to anything.

@@ -1,4 +1,4 @@
-"""`linear`: packed linear layers of the CPU, by the precision of their weights, against torch's."""
+"""`linear`: packed linear layers by the precision of their weights, against torch's. This is the CPU's side."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from kernels.packed_linear import pack, packed_linear
 from kernels.quantization import quantize
 from models.sources import BITS
+from tools.profile import gpu_linear
 from tools.profile.contenders import OURS, Contender, Problem, Work, chosen
 from tools.profile.engine_limit import BYTES
 from tools.profile.measure import measure
-from tools.profile.options import Options
+from tools.profile.options import PRECISIONS, Options
 from tools.profile.report import Report
 
 OPTIONS = ("shape", "precision", "plot")
@@ -51,28 +52,38 @@ class Shape:
 
 
 # By name, for --shape.
-SHAPES = {"gpt2": [(rows, *layer) for rows in ROWS for layer in LAYERS]}
+SHAPES = {"gpt2": [(rows, *layer) for rows in ROWS for layer in LAYERS], **gpu_linear.SHAPES}
+WEIGHTS = (*PRECISIONS, "int4-minimums", "fp8", "bf16")  # of --precision; the last three on a GPU
 
 
 def run(options: Options) -> Report:
-    if torch.cuda.is_available():
-        raise ValueError("linear measures packed layers, which are the CPU's: hide the GPU (CUDA_VISIBLE_DEVICES=)")
+    on_gpu = torch.cuda.is_available()
+    here = gpu_linear.PRECISIONS if on_gpu else PRECISIONS
+    if unknown := [name for name in options.precisions if name not in here]:
+        raise ValueError(f"weights in {unknown[0]} are not measured here: choose from {', '.join(here)}")
+    if on_gpu:
+        return gpu_linear.run(options, sizes(options.shapes or ["decode"]))
     wanted = shapes(options.shapes, options.precisions or ["fp32", "int8", "int4"])
     return measure("linear", wanted, partial(problem, against=options.against), options, rate="FLOP", modes=MODES)
 
 
 def shapes(names: list[str], precisions: list[str]) -> list[Shape]:
     """Presets, and others as rows x inputs x outputs. Raises ValueError for what is neither."""
-    sizes: list[tuple[int, int, int]] = []
-    for name in names or ["gpt2"]:
+    return [Shape(*size, precision) for size in sizes(names or ["gpt2"]) for precision in precisions]
+
+
+def sizes(names: list[str]) -> list[tuple[int, int, int]]:
+    """Rows, inputs and outputs. Raises ValueError for what is no shape."""
+    found_sizes: list[tuple[int, int, int]] = []
+    for name in names:
         found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", name)
         if name not in SHAPES and not found:
             raise ValueError(
                 f"unknown shape {name!r}: choose from {', '.join(SHAPES)}, or give rows x inputs x outputs "
                 "such as 8x768x3072"
             )
-        sizes += [(int(found[1]), int(found[2]), int(found[3]))] if found else SHAPES[name]
-    return [Shape(*size, precision) for size in sizes for precision in precisions]
+        found_sizes += [(int(found[1]), int(found[2]), int(found[3]))] if found else SHAPES[name]
+    return found_sizes
 
 
 def problem(shape: Shape, device: torch.device, _: torch.dtype, against: list[str] | None) -> Problem:
