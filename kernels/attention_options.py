@@ -13,6 +13,7 @@ from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class RelativeBias:
         find = relative_buckets if torch.compiler.is_compiling() else _relative_buckets_once
         buckets = find(self.table.shape[0], self.max_distance, self.bidirectional, self.table.device)
         precision = torch.promote_types(self.table.dtype, torch.float32)
-        rows = self.table.index_select(0, buckets).t().to(precision).contiguous()
+        # Unlike index_select's, an embedding's gradient adds up in the same order each time on a GPU.
+        rows = functional.embedding(buckets, self.table).t().to(precision).contiguous()
         object.__setattr__(self, "distance_bias", rows)
 
 

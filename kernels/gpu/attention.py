@@ -20,7 +20,7 @@ from kernels.gpu.attention_configs import Config
 from kernels.gpu.attention_forward import attention_forward_kernel
 from kernels.gpu.attention_scores import DenseBias, Dropout, Lengths, Rows, Scores
 from kernels.gpu.library import first_derivative_only, operator
-from kernels.gpu.target import architecture
+from kernels.gpu.target import architecture, has_wgmma
 
 MAX_HEAD_DIM = 256
 DELTA_BLOCK = 64
@@ -99,9 +99,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     q, k, v = (_readable(x, config) for x in (q, k, v))
     programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
     attention_forward_kernel[(programs,)](
-        _rows(q), _rows(k), _rows(v), _rows(out), lse, *_descriptors(k, v, config.block_n, config),
+        _rows(q), _rows(k), _rows(v), _rows(out), lse, *_descriptors(k, v, config.block_n, config, call),
         *_lengths(lse, call), _scores(call), _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks,
-        *_dims(q), *_loop(q, call, config), num_warps=config.warps, num_stages=config.stages,
+        *_dims(q, call), *_loop(q, call, config), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, lse
 
@@ -169,7 +169,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, 
     programs, blocks = _grid(out, call, call.max_seqlen_q, DELTA_BLOCK)
     attention_delta_kernel[(programs,)](
         _rows(out), _rows(grad_out), lse, grad_lse, delta, *_lengths(lse, call),
-        out.shape[-2], blocks, *_dims(out), DELTA_BLOCK,
+        out.shape[-2], blocks, *_dims(out, call), DELTA_BLOCK,
     )  # fmt: skip
     return delta
 
@@ -185,8 +185,8 @@ def _key_gradients(
     programs, blocks = _grid(q, call, call.max_seqlen_k, config.block_n)
     attention_backward_keys_kernel[(programs,)](
         _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), _rows(dk), _rows(dv),
-        *_descriptors(q, gradient.out, config.block_m, config), *_lengths(gradient.delta, call), _scores(call),
-        _dense(call.bias, q, call), _dropout(call), heads, groups, blocks, *_dims(q), *_loop(q, call, config),
+        *_descriptors(q, gradient.out, config.block_m, config, call), *_lengths(gradient.delta, call), _scores(call),
+        _dense(call.bias, q, call), _dropout(call), heads, groups, blocks, *_dims(q, call), *_loop(q, call, config),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if groups == 1:
@@ -203,8 +203,8 @@ def _query_gradient(
     programs, blocks = _grid(q, call, call.max_seqlen_q, config.block_m)
     attention_backward_queries_kernel[(programs,)](
         _rows(q), _rows(k), _rows(v), *gradient.pointers(), _rows(dq), far_sums,
-        *_descriptors(k, v, config.block_n, config), *_lengths(gradient.delta, call), _scores(call),
-        _dense(call.bias, q, call), _dense(dbias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
+        *_descriptors(k, v, config.block_n, config, call), *_lengths(gradient.delta, call), _scores(call),
+        _dense(call.bias, q, call), _dense(dbias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q, call),
         *_loop(q, call, config), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return dq
@@ -219,7 +219,7 @@ def _table_gradient(q: Tensor, k: Tensor, v: Tensor, gradient: Gradient, call: C
     partials = torch.zeros(_batch(q, call), blocks, *call.table.shape, device=q.device)
     attention_bias_gradient_kernel[(programs,)](
         _rows(q), _rows(k), _rows(v), *gradient.pointers(), partials, *_lengths(gradient.delta, call), _scores(call),
-        _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q),
+        _dense(call.bias, q, call), _dropout(call), *_heads(q, k), blocks, *_dims(q, call),
         config.block_m, counted.block_m, counted.block_n, call.causal, _precision(q), config.stages,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -286,11 +286,11 @@ def _scores(call: Call) -> Scores:
     return Scores(call.scale, call.softcap or None, call.window, call.slopes, call.table, reach)
 
 
-def _descriptors(x: Tensor, y: Tensor, block: int, config: Config) -> tuple[TensorDescriptor | None, ...]:
+def _descriptors(x: Tensor, y: Tensor, block: int, config: Config, call: Call) -> tuple[TensorDescriptor | None, ...]:
     """What the copy engine needs to fetch tiles of x and y in the pieces of ``_dims``."""
     if not config.descriptors:
         return None, None, None, None
-    d0, d1, _ = _dims(x)
+    d0, d1, _ = _dims(x, call)
 
     def describe(z: Tensor, width: int) -> TensorDescriptor | None:
         z = z if z.dim() == 4 else z.unsqueeze(0)
@@ -322,13 +322,22 @@ def _dropout(call: Call) -> Dropout:
     return Dropout(call.seed, round(call.dropout_p * (1 << 24)), 1 / (1 - call.dropout_p))
 
 
-def _dims(q: Tensor) -> tuple[int, int, int]:
-    """head_dim as one power of two, or as two whose sum is nearer to it: 80 is 64 + 16. Wide float32 is always cut."""
+def _dims(q: Tensor, call: Call) -> tuple[int, int, int]:
+    """head_dim in the pieces of a call: see ``dims``."""
+    return dims(q, masked=call.cu_seqlens_q is not None or call.key_lengths is not None)
+
+
+def dims(q: Tensor, masked: bool) -> tuple[int, int, int]:
+    """head_dim as one power of two, or as two whose sum is nearer to it: 80 is 64 + 16. Wide float32 is always cut.
+
+    masked: rows of values are cleared between their load and their product. Seen on an H200 with Triton 3.6: for
+    wgmma's asynchronous products in half precision, the second piece's then lies where others still read or write.
+    """
     head_dim = q.shape[-1]
     whole = max(16, triton.next_power_of_2(head_dim))
     if head_dim > 128 and q.dtype == torch.float32:
         return 128, max(16, triton.next_power_of_2(head_dim - 128)), head_dim
-    if whole == head_dim or whole <= 16:
+    if whole == head_dim or whole <= 16 or (masked and q.dtype != torch.float32 and has_wgmma()):
         return whole, 0, head_dim
     first = whole // 2
     rest = max(16, triton.next_power_of_2(head_dim - first))

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import paged_configs
-from kernels.gpu.attention import _dims, _precision
+from kernels.gpu.attention import _precision, dims
 from kernels.gpu.attention_scores import LOG2E, DenseBias, Rows, Scores, key_limits, round_down, shaped, within
 
 CHUNK = 16  # splits that are joined at a time; a constant, as batch-invariant calls add in a fixed order
@@ -346,7 +346,7 @@ def _launch(
         Scores(call.scale, call.softcap or None, window, call.slopes, call.table, reach),
         DenseBias(None, None, None, None, None), batch, tokens, most_keys, splits,
         BLOCK_SIZE=k_cache.shape[1], KV_HEADS=kv_heads, GROUPS=groups,
-        **dict(zip(("D0", "D1", "HEAD_DIM"), _dims(q), strict=True)),
+        **dict(zip(("D0", "D1", "HEAD_DIM"), dims(q, masked=config.block_m >= 64), strict=True)),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=splits > 1,
         SPLIT_KEYS=paged_configs.SPLIT_KEYS if call.batch_invariant else 0,
         CAUSAL=call.causal and call.max_seqlen_q > 1, SEARCH=search,

@@ -43,3 +43,8 @@ def serves_float8() -> bool:
     """Whether e4m3 has instructions here: on NVIDIA's from sm89 on, and in the interpreter."""
     name = architecture()
     return name == "interpreter" or (name.startswith("sm") and int(name[2:]) >= 89)
+
+
+def has_wgmma() -> bool:
+    """Whether products of half precision are Hopper's or a later GPU's, which run beside what follows them."""
+    return architecture().startswith(("sm9", "sm10"))

@@ -106,11 +106,11 @@ class Case:
             causal=causal, softmax_scale=softmax_scale, options=score_options(self.heads, **given),
         )  # fmt: skip
 
-    def check(self, **options: Any) -> None:
+    def check(self, tolerance: float | None = None, **options: Any) -> None:
         shape = {name: value for name, value in options.items() if name not in ("batch_invariant",)}
         actual, expected = self.run(**options), self.expected(**shape)
         assert actual.dtype == self.dtype
-        tolerance = TOLERANCE[self.dtype]
+        tolerance = tolerance or TOLERANCE[self.dtype]
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -198,7 +198,7 @@ def test_a_bias_in_half_precision() -> None:
 
 def test_negative_scales_and_large_scores() -> None:
     Case([40, 70], [1, 2]).check(softmax_scale=-0.5)
-    Case([40, 70], [1, 2]).check(softmax_scale=30.0)
+    Case([40, 70], [1, 2]).check(softmax_scale=30.0, tolerance=1e-4)  # of scores, whose rounding is an exponent's error
 
 
 @pytest.mark.parametrize("number", [None, 1, 5, 8], ids=["plain", "window", "bias", "all"])
@@ -292,7 +292,8 @@ def test_append(head_dim: int, rotated: int, interleaved: bool, cache_dtype: tor
     step = {torch.int8: 0.03, FLOAT8: 0.13, torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(cache_dtype, 1e-6)
     for ours, theirs in zip(results[0][1:], results[1][1:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=step, atol=step)
-        assert (ours != theirs).float().mean() < (0.05 if cache_dtype != torch.float32 else 1)  # of ties
+        differ = (ours - theirs).abs() > 1e-6 * theirs.abs()  # on a GPU torch divides by 127 by multiplying
+        assert differ.float().mean() < (0.05 if cache_dtype != torch.float32 else 1)  # of ties
     assert torch.equal(results[0][2], results[1][2]) or cache_dtype == torch.int8
 
 
@@ -310,7 +311,7 @@ def test_append_rounds_to_the_nearest_level(backend: str) -> None:
     ]
     step = case.k.abs().amax(-1, keepdim=True) / 127
     assert ((stored[0] - case.k).abs() <= step * 0.501).all()
-    assert case.scales["k_scale"].flatten(0, 1)[case.slots].equal(step[..., 0])
+    torch.testing.assert_close(case.scales["k_scale"].flatten(0, 1)[case.slots], step[..., 0], rtol=2e-7, atol=0)
     assert stored[1][5, 1].isnan().all()
     assert stored[1].isnan().sum() == 20
 
