@@ -19,6 +19,7 @@ NO_KEY = tl.constexpr(-2147483648)
 INFINITY_KEY = tl.constexpr(0x7F800000)
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
 ANY_ID = tl.constexpr(0x7FFFFFFF)
+VALUE_STEPS = tl.constexpr(24)
 LEAST_LOG_WEIGHT = tl.constexpr(-87.0)  # weights below its exponential are 0
 
 # What a search measures: how many, their weight, or their weight in order of how typical they are.
@@ -145,14 +146,25 @@ def list_blocks(keys, bound, places_ptr, NB: tl.constexpr):
 
 
 @triton.jit
+def middle_of(low, high, step):
+    """A key between, int64: of the value halfway, as scores lie; after so many steps halfway among the keys, which ends
+    whatever the values."""
+    halfway = order_key(0.5 * value_of(low.to(tl.int32)) + 0.5 * value_of((high - 1).to(tl.int32))).to(tl.int64)
+    halfway = tl.minimum(tl.maximum(halfway, low + 1), high - 1)
+    return tl.where(step < VALUE_STEPS, halfway, low + ((high - low) >> 1))
+
+
+@triton.jit
 def bound_of_largest(keys, top, k):
     """A key that at least k of a row reach, and few more: k blocks do. The lowest where there are fewer blocks."""
     low = tl.min(tl.where(keys >= LOWEST_KEY, keys, top), axis=0).to(tl.int64)
     high = top.to(tl.int64) + 1
     reached = tl.sum((keys >= LOWEST_KEY).to(tl.int32), axis=0)
     bound = tl.where(reached >= k, low, tl.full((), LOWEST_KEY, tl.int64))
+    step = reached * 0
     while (high - low > 1) & (reached > k + k // 4):
-        middle = low + ((high - low) >> 1)
+        middle = middle_of(low, high, step)
+        step += 1
         count = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), axis=0)
         enough = count >= k
         low = tl.where(enough, middle, low)
@@ -197,14 +209,14 @@ def within(x, column, cut_key, cut_id):
 
 @triton.jit
 def tally(x, column, threshold, cut_key, cut_id, peak, scale, mean, KIND: tl.constexpr):
-    """How many of a tile within the cut have a key of at least the threshold, and their measure, float64."""
+    """How many of each block of a tile within the cut have a key of at least the threshold, and, float64, their
+    measure. Blocks are not added up before the end: a warp has its own, and need not wait for others."""
     kept = within(x, column, cut_key, cut_id) & (keys_of(x, peak, scale, mean, KIND) >= threshold)
-    count = tl.sum(tl.sum(kept.to(tl.int32), axis=1), axis=0)
+    count = tl.sum(kept.to(tl.int32), axis=1)
     if KIND == COUNT:
         mass = count.to(tl.float64)
     else:
-        weights = tl.where(kept, weight_of(x, peak, scale), 0.0)
-        mass = tl.sum(tl.sum(weights, axis=1).to(tl.float64), axis=0)
+        mass = tl.sum(tl.where(kept, weight_of(x, peak, scale), 0.0), axis=1).to(tl.float64)
     return count, mass
 
 
@@ -213,14 +225,14 @@ def measure(
     x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, threshold, cut_key, cut_id, peak, scale, mean,
     KIND: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``tally`` of all listed blocks, the first tile of which is x."""
+    """How many elements of all listed blocks, the first tile of which is x, ``tally`` counts, and their measure."""
     count, mass = tally(x, column, threshold, cut_key, cut_id, peak, scale, mean, KIND)
     for tile in range(1, tl.cdiv(active, TILE)):
         other, ids = load_tile(x_ptr, copy_ptr, edited, places_ptr, active, tile, vocab, B, TILE)
         more, mass_of_more = tally(other, ids, threshold, cut_key, cut_id, peak, scale, mean, KIND)
         count += more
         mass += mass_of_more
-    return count, mass
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
 
 
 @triton.jit
@@ -347,8 +359,10 @@ def cut_at(
     low, high = low.to(tl.int64), high.to(tl.int64) + 1
     above = tl.full((), 0, tl.int32)
     reached = tl.full((), 0.0, tl.float64)
+    step = count * 0
     while (high - low > 1) & (count - above > FEW):
-        middle = low + ((high - low) >> 1)
+        middle = middle_of(low, high, step)
+        step += 1
         at_least, measured = measure(
             x, column, x_ptr, copy_ptr, edited, places_ptr, active, vocab, middle.to(tl.int32), cut_key, cut_id,
             peak, scale, mean, KIND, B, TILE,

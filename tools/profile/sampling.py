@@ -1,7 +1,8 @@
 """Sampling: temperature 0.8, top_k 50, top_p 0.9 against a peer's processors; and pure greedy.
 
-Where there is a GPU it is the GPU's that is measured (sampling_gpu.py). On a CPU, what limits it is reading the logits once: 4 bytes a token of the vocabulary. A batch sampled over and over
-comes from cache; greedy rows rotate over more memory than caches hold and are set against the memory's speed.
+Where there is a GPU, it is the GPU's that is measured (sampling_gpu.py). On a CPU, what limits it is reading the logits
+once: 4 bytes a token of the vocabulary. A batch sampled over and over comes from cache; greedy rows rotate over more
+memory than caches hold and are set against the memory's speed.
 """
 
 from __future__ import annotations
