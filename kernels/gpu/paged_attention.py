@@ -340,6 +340,7 @@ def _launch(
         lse = torch.empty(tokens * heads * splits, dtype=torch.float32, device=q.device)
     q = q if q.stride(-1) == 1 else q.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    cache_seqlens, cu_seqlens_q = cache_seqlens.contiguous(), cu_seqlens_q.contiguous()
     pages = (pages_of(k_cache), pages_of(v_cache), pages_of(call.k_scale), pages_of(call.v_scale))
     reach = None if call.table is None else call.table.shape[1] // 2
     # The last query sees all keys with or without a mask. A window wider than everything is none.

@@ -358,6 +358,8 @@ def test_gradients_are_left_to_others() -> None:
         (torch.int8, {"v_scale": torch.zeros(2, 16, 1)}, r"must be float32 \(2, 16, 2\)"),
         (None, {"k_scale": torch.zeros(2, 16, 2)}, "no other takes them"),
         (None, {"k_cache": torch.zeros(2, 16, 2, 64).int(), "v_cache": torch.zeros(2, 16, 2, 64).int()}, "of floats"),
+        (None, {"table": torch.zeros(2, 1).int()}, r"cu_seqlens_q \(batch \+ 1,\)"),
+        (None, {"table": torch.zeros(1, 1)}, "block_table must be int32"),
         (None, {"window": 0}, "window must be at least 1"),
         (None, {"q": torch.zeros(1, 3, 64)}, "2 kv heads do not divide 3 heads"),
         (None, {"batch_invariant": True, "backend": "torch"}, "has no torch backend here"),
@@ -367,7 +369,7 @@ def test_gradients_are_left_to_others() -> None:
 def test_what_is_refused(cache_dtype: torch.dtype | None, changes: dict[str, Any], said: str) -> None:
     case = Case([10], [1], cache_dtype=cache_dtype)
     moved = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in changes.items()}
-    for name in ("q", "k_cache", "v_cache"):
+    for name in ("q", "k_cache", "v_cache", "table"):
         setattr(case, name, moved.pop(name, getattr(case, name)))
     with pytest.raises(ValueError, match=said):
         case.run(**moved)
