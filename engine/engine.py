@@ -126,7 +126,7 @@ class Engine:
         searches = [request for request in outlets.searches if not request.finished]  # others were aborted since
         if searches and flight.logits is not None:
             rows = [row for request in searches for row in outlets.searches[request]]
-            self._advance(searches, _picked(flight.logits, rows))
+            self._advance(searches, _picked(flight.logits, rows).float())
         changed = list(dict.fromkeys([*waited_for, *(s.request for s in outlets.scored), *outlets.searches]))
         self.scheduler.retire(changed)
         self._count(flight.schedule, outlets)
@@ -196,7 +196,7 @@ class Engine:
         """Finds out what a sequence's logits, in the rows from ``start`` to ``end``, are for."""
         request = sequence.request
         if request.scored is not None and not request.all_scored:
-            add_scores(sequence, logits[start:end], self.tokenizer, self.num_threads)
+            add_scores(sequence, logits[start:end].float(), self.tokenizer, self.num_threads)
             outlets.scored.append(sequence)
             if request.only_scores and request.all_scored and sequence.finish_reason is None:
                 sequence.finish("stop")
@@ -226,12 +226,14 @@ class Engine:
         """Draws the next token of each sample, and those behind its draft's."""
         sequences, lengths = outlets.samples, outlets.lengths
         start = time.perf_counter()
-        if any(sequence.request.params.logits_processors for sequence in sequences):
-            process_logits(sequences, logits)
         masks = masks_of(sequences, logits.shape[1])
         edits = self.rules.edits(sequences, lengths, logits.shape[1], masks)
+        processed = any(sequence.request.params.logits_processors for sequence in sequences)
+        if processed or edits is not None:
+            logits = logits.float()  # half precision would round what is done to them
+        if processed:
+            process_logits(sequences, logits)
         if edits is not None:
-            logits = logits.float()  # which a graph's memory, in half precision, could not hold the edits in
             edit_logits(logits, edits, num_threads=self.num_threads)
         rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
         drawn = draw(logits, self.columns.batch(sequences, lengths, rows), num_threads=self.num_threads)

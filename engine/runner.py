@@ -97,7 +97,9 @@ class TorchRunner:
             token_ids = torch.where(tensors.drawn < 0, token_ids, self.drawn[tensors.drawn.clamp(min=0)])
         view = CacheView(self.storage, tensors.slots, parts)
         hidden = self.model.decode(token_ids, tensors.positions, view)
-        logits = self.model.logits(hidden[tensors.selected])
+        if len(tensors.selected) < len(hidden):  # else all are
+            hidden = hidden[tensors.selected]
+        logits = self.model.logits(hidden)
         return logits.float() if self.storage.device.type == "cpu" else logits
 
     def take_seconds(self) -> dict[str, float]:

@@ -124,6 +124,7 @@ def paged_attention(
     name = choose("paged_attention", _available(q, k_cache, v_cache, options, batch_invariant), backend, has=BACKENDS)
     if name == "triton":
         check_devices("paged_attention", q, *inputs[1:], k_scale, v_scale, *(options.tensors() if options else ()))
+        _check_sequences(block_table, cache_seqlens, cu_seqlens_q)
         return gpu.paged_attention(*inputs, _call(q, max_seqlen_q, causal, softmax_scale, options, k_scale, v_scale,
                                                   batch_invariant))  # fmt: skip
     if name == "native":
@@ -188,6 +189,17 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         )
     if q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"{k_cache.shape[2]} kv heads do not divide {q.shape[1]} heads")
+
+
+def _check_sequences(block_table: Tensor, cache_seqlens: Tensor, cu_seqlens_q: Tensor) -> None:
+    """Of shapes alone: the numbers are on the device."""
+    batch = block_table.shape[0]
+    fits = block_table.dim() == 2 and cache_seqlens.shape == (batch,) and cu_seqlens_q.shape == (batch + 1,)
+    if not fits or any(x.is_floating_point() for x in (block_table, cache_seqlens, cu_seqlens_q)):
+        raise ValueError(
+            "block_table must be int32 (batch, max_blocks), cache_seqlens (batch,) and cu_seqlens_q (batch + 1,), got "
+            f"{tuple(block_table.shape)}, {tuple(cache_seqlens.shape)} and {tuple(cu_seqlens_q.shape)}"
+        )
 
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:

@@ -169,7 +169,7 @@ def append(
     with torch.cuda.device(k.device) if k.is_cuda else contextlib.nullcontext():
         cache_append_kernel[(2 * key_programs + query_programs,)](
             _rows(q), _rows(k), _rows(v), (pages_of(k_cache), pages_of(v_cache), pages_of(k_scale), pages_of(v_scale)),
-            slots, angles, tokens, key_programs,
+            slots.contiguous(), angles, tokens, key_programs,
             BLOCK_SIZE=k_cache.shape[1], HEADS=max(1, heads), KV_HEADS=kv_heads, HEAD_DIM=head_dim, ROTATED=rotated,
             HALF=half, REST=triton.next_power_of_2(rest) if rest else 0, INTERLEAVED=interleaved, WIDTH=width,
             ROWS=rows, num_warps=4,

@@ -63,10 +63,10 @@ def _locate(sequences, block, batch, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
-def _clear_padding(out, sequences, block, blocks, batch, tokens, kv_head, heads, WIDTH: tl.constexpr):
-    """Zeros for the heads of queries that belong to no sequence; each block takes some, mostly none."""
+def _clear_padding(out, first, step, tokens, kv_head, heads, WIDTH: tl.constexpr):
+    """Zeros for a kv head's WIDTH numbers of queries ``first``, ``first + step``, ..., which belong to no sequence."""
     column = tl.arange(0, triton.next_power_of_2(WIDTH))
-    for token in range(tl.load(sequences.cu_seqlens_q + batch).to(tl.int32) + block, tokens, blocks):
+    for token in range(first, tokens, step):
         at = out + (tl.cast(token, tl.int64) * heads * WIDTH + kv_head * WIDTH) + column
         tl.store(at, tl.zeros_like(column).to(out.dtype.element_ty), mask=column < WIDTH)
 
@@ -192,14 +192,16 @@ def paged_attention_kernel(
     kv_head, split, block = program % KV_HEADS, program // KV_HEADS % splits, program // KV_HEADS // splits
     blocks = tl.num_programs(0) // KV_HEADS // splits
     HEADS: tl.constexpr = KV_HEADS * GROUPS
-    if not SPLIT:
-        _clear_padding(out, sequences, block, blocks, batch, tokens, kv_head, KV_HEADS, GROUPS * HEAD_DIM)
+    # All that a program has to know is asked for before it waits for any of it.
+    queries = tl.load(sequences.cu_seqlens_q + batch).to(tl.int32)
     sequence, first_row = _locate(sequences, block, batch, GROUPS, BLOCK_M, SEARCH)
     start_q = tl.load(sequences.cu_seqlens_q + sequence).to(tl.int32)
     rows = (tl.load(sequences.cu_seqlens_q + sequence + 1).to(tl.int32) - start_q) * GROUPS
+    length_k = tl.load(sequences.cache_seqlens + sequence).to(tl.int32)
+    if not SPLIT:
+        _clear_padding(out, queries + block, blocks, tokens, kv_head, KV_HEADS, GROUPS * HEAD_DIM)
     if first_row >= rows:
         return
-    length_k = tl.load(sequences.cache_seqlens + sequence).to(tl.int32)
     length_k = tl.minimum(tl.maximum(length_k, 0), most_keys)
     behind = length_k - rows // GROUPS  # keys before the first query's own
     row = first_row + tl.arange(0, BLOCK_M)
@@ -327,15 +329,18 @@ def _launch(
     batch, kv_heads, groups = block_table.shape[0], k_cache.shape[2], heads // k_cache.shape[2]
     rows = call.max_seqlen_q * groups
     config = paged_configs.choose(rows, k_cache.dtype, q.dtype, head_dim, call.batch_invariant)
-    search = rows > config.block_m
+    # One variant of the kernel serves all batch-invariant calls: another might round in other places.
+    search = rows > config.block_m or call.batch_invariant
     blocks = triton.cdiv(tokens * groups, config.block_m) + batch if search else batch
     splits = paged_configs.splits(blocks * kv_heads, most_keys, config, call.batch_invariant)
     partials = lse = None
-    if splits > 1:
+    split = splits > 1 or call.batch_invariant
+    if split:
         partials = torch.empty(tokens * heads * splits * head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(tokens * heads * splits, dtype=torch.float32, device=q.device)
     q = q if q.stride(-1) == 1 else q.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    cache_seqlens, cu_seqlens_q = cache_seqlens.contiguous(), cu_seqlens_q.contiguous()
     pages = (pages_of(k_cache), pages_of(v_cache), pages_of(call.k_scale), pages_of(call.v_scale))
     reach = None if call.table is None else call.table.shape[1] // 2
     # The last query sees all keys with or without a mask. A window wider than everything is none.
@@ -347,15 +352,15 @@ def _launch(
         DenseBias(None, None, None, None, None), batch, tokens, most_keys, splits,
         BLOCK_SIZE=k_cache.shape[1], KV_HEADS=kv_heads, GROUPS=groups,
         **dict(zip(("D0", "D1", "HEAD_DIM"), dims(q, masked=config.block_m >= 64), strict=True)),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=splits > 1,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split,
         SPLIT_KEYS=paged_configs.SPLIT_KEYS if call.batch_invariant else 0,
-        CAUSAL=call.causal and call.max_seqlen_q > 1, SEARCH=search,
+        CAUSAL=call.causal and (call.max_seqlen_q > 1 or call.batch_invariant), SEARCH=search,
         # Two loops round differently, and where one ends depends on the rows.
         TWO_RUNS=(search or call.table is not None) and window is None and not call.batch_invariant,
         PRECISION=_precision(q), STAGES=config.stages, NEAR_STAGES=config.near_stages,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if splits > 1:
+    if split:
         paged_attention_join_kernel[(tokens * heads,)](
             partials, lse, out, cu_seqlens_q, batch, splits, HEADS=heads, CHUNK=CHUNK, HEAD_DIM=head_dim,
             WIDTH=triton.next_power_of_2(head_dim), num_warps=2 if head_dim <= 128 else 4,
