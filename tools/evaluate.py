@@ -14,7 +14,7 @@ from rich.table import Table
 from engine import LLM
 from models.checkpoint import open_model
 from models.config import TransformerConfig
-from models.sources import Quantization
+from models.quantized import DeviceQuantization
 from tools.quality import BATCH, METRICS, OF_OUTPUTS, Examples, measure, read_examples
 
 CONTEXT = 1024
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--metrics", type=listed(METRICS), default=["perplexity"], metavar="NAME,...",
         help=f"of {', '.join(METRICS)} (perplexity); wer counts tokens between spaces: of phones, the phone error rate",
     )  # fmt: skip
-    kinds = (NONE, *get_args(Quantization))
+    kinds = (NONE, *get_args(DeviceQuantization))
     parser.add_argument(
         "--quantization", type=listed(kinds), default=[NONE], metavar="KIND,...",
         help=f"one or more of {', '.join(kinds)} (none)",

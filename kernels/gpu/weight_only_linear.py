@@ -48,7 +48,9 @@ CONFIGS: dict[int, dict[int, Config]] = {
     32: {64: Config(16, 32, 64, 2, 2)},  # float32 rows, whatever the weight
 }
 # What another architecture takes instead, by (architecture, bits, most rows).
-OTHERS: dict[tuple[str, int, int], Config] = {}
+OTHERS: dict[tuple[str, int, int], Config] = {
+    ("sm80", 4, 16): Config(16, 32, TILE, 2, 4),  # the wider tile spills
+}
 
 
 # One instruction masks four bits of each half of a word and puts a power of two above them, one takes it off again, and
@@ -180,12 +182,12 @@ def _affine(acc, scale_ptr, bias_ptr, n, inside, ROW_SCALES: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])  # one kernel for all of a configuration's rows
 def _linear(
     x_ptr, weight_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, out_ptr, partials_ptr, counters_ptr,
-    rows, outputs, width, inputs, pitch,
+    rows, splits, outputs, width, inputs, pitch,
     FOUR_BITS: tl.constexpr, FLOAT8: tl.constexpr, ROW_SCALES: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, SPLITS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr, SHARED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """width: of the result, outputs or half of them. pitch: of the weight's rows, but in four bits."""
@@ -198,7 +200,7 @@ def _linear(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     factor = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     tiles = tl.cdiv(inputs, BLOCK_K)
-    for tile in tl.range(tiles * split // SPLITS, tiles * (split + 1) // SPLITS, num_stages=STAGES):
+    for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits, num_stages=STAGES):
         if FOUR_BITS:
             acc = _four_bit_sums(
                 acc, x_ptr, weight_ptr, scale_ptr, minimum_ptr, tile, row, outputs, inputs, x_rows, x_mask,
@@ -220,7 +222,7 @@ def _linear(
     inside = n < width
     mask = inside[:, None] & (m < rows)[None, :]
     at = m.to(tl.int64)[None, :] * width + n[:, None]
-    if SPLITS > 1:
+    if SHARED:
         size = tl.cast(rows, tl.int64) * width
         SUMS: tl.constexpr = 2 if GATED else 1
         mine = partials_ptr + split * SUMS * size + at
@@ -229,12 +231,12 @@ def _linear(
             tl.store(mine + size, factor, mask=mask)
         tl.debug_barrier()  # what all threads stored comes before the count that one of them adds to
         counter = counters_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        if tl.atomic_add(counter, 1, sem="acq_rel") < SPLITS - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") < splits - 1:
             return
         tl.store(counter, 0)  # for the next launch
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         factor = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for i in range(SPLITS):
+        for i in range(splits):
             theirs = partials_ptr + i * SUMS * size + at
             acc += tl.load(theirs, mask=mask, other=0.0, cache_modifier=".cg")
             if GATED:
@@ -346,10 +348,11 @@ def linear(
     counters = weight.counters if splits > 1 else None
     _linear[(blocks_m, blocks_n, splits)](
         x, _bits(weight), weight.scales, weight.minimums, bias, residual, out, partials, counters,
-        rows, weight.out_features, width, weight.in_features, weight.values.shape[-1],
+        rows, splits, weight.out_features, width, weight.in_features, weight.values.shape[-1],
         **_kind(weight), ACTIVATION=activation, GATED=gated,
-        SPLITS=splits, EVEN_K=weight.in_features % config.block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, STAGES=config.stages, ASSEMBLY=not INTERPRETED,
+        SHARED=splits > 1, EVEN_K=weight.in_features % config.block_k == 0,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=config.stages,
+        ASSEMBLY=not INTERPRETED,
         PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=config.warps,
     )  # fmt: skip
     return out
