@@ -35,8 +35,7 @@ class Config(NamedTuple):
 
 
 # Keys are (architecture, rows, units of 128 bytes of a cached head, rounded up to a power of two). 16 and 32 rows
-# decode; 128 are of prompts, 64 of prompts in float32. What another
-# architecture has no entry for it takes from sm80.
+# decode; 128 are of prompts, 64 of prompts in float32. An architecture takes from sm80 what it has no entry for.
 TABLE: dict[tuple[str, int, int], Config] = {
     ("sm80", 16, 1): Config(16, 64, 4, 4, 4, 4),
     ("sm80", 16, 2): Config(16, 64, 4, 3, 3, 3),
