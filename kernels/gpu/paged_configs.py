@@ -35,8 +35,7 @@ class Config(NamedTuple):
 
 
 # Keys are (architecture, rows, units of 128 bytes of a cached head, rounded up to a power of two). 16 and 32 rows
-# decode; 128 are of prompts, 64 of prompts in float32. What another
-# architecture has no entry for it takes from sm80.
+# decode; 128 are of prompts, 64 of prompts in float32. An architecture takes from sm80 what it has no entry for.
 TABLE: dict[tuple[str, int, int], Config] = {
     ("sm80", 16, 1): Config(16, 64, 4, 4, 4, 4),
     ("sm80", 16, 2): Config(16, 64, 4, 3, 3, 3),
@@ -52,11 +51,14 @@ TABLE: dict[tuple[str, int, int], Config] = {
     ("sm80", 128, 1): Config(128, 32, 8, 3, 2, 1),
     ("sm80", 128, 2): Config(128, 32, 8, 3, 2, 1),
     ("sm80", 128, 4): Config(64, 32, 8, 2, 1, 1),
+    ("sm90", 16, 1): Config(16, 32, 2, 4, 4, 8),
     ("sm90", 64, 2): Config(64, 32, 4, 2, 1, 2),
     ("sm90", 128, 1): Config(128, 64, 8, 3, 2, 1),
     ("sm90", 128, 2): Config(128, 64, 8, 3, 2, 1),
     ("sm90", 128, 4): Config(64, 32, 8, 2, 1, 1),
 }
+# Of caches in eight bits, whose tiles are half as many bytes and more arithmetic; without an entry, as above.
+BYTES: dict[tuple[str, int, int], Config] = {("sm90", 16, 1): Config(16, 64, 2, 3, 3, 4)}
 
 
 def choose(rows: int, cached: torch.dtype, queries: torch.dtype, head_dim: int, invariant: bool) -> Config:
@@ -69,6 +71,8 @@ def choose(rows: int, cached: torch.dtype, queries: torch.dtype, head_dim: int, 
     # A product of float32 takes registers as if its operands were stored as that.
     units = math.ceil(head_dim * (4 if wide else cached.itemsize) / 128)
     width = min(8, max(2 if size == 64 else 1, triton.next_power_of_2(units)))
+    if cached.itemsize == 1 and (arch, size, width) in BYTES:
+        return BYTES[arch, size, width]
     if (arch, size, width) not in TABLE:
         arch = "sm80"
     # Prompts of heads too wide for a row of their own take the widest that has one.
