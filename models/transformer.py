@@ -139,7 +139,10 @@ class Transformer(nn.Module):
             stack.activation_checkpointing = enabled
 
     def compile_blocks(self, compile_module: Callable[[nn.Module], None]) -> None:
-        """Applies ``compile_module`` to every block: all blocks of a stack then share one compiled graph."""
+        """Applies ``compile_module`` to every block: a stack's first then has a compiled graph, all others share one.
+
+        The first shares theirs where they have nothing to add either: post-norm, or with activation checkpointing.
+        """
         for stack in self.stacks:
             for block in stack.blocks:
                 compile_module(block)
