@@ -42,7 +42,9 @@ class RelativeBias:
         buckets = find(self.table.shape[0], self.max_distance, self.bidirectional, self.table.device)
         precision = torch.promote_types(self.table.dtype, torch.float32)
         # Unlike index_select's, an embedding's gradient adds up in the same order each time on a GPU.
-        rows = functional.embedding(buckets, self.table).t().to(precision).contiguous()
+        rows = functional.embedding(buckets, self.table).t()
+        # One copy, whether it casts or only transposes.
+        rows = rows.to(precision, memory_format=torch.contiguous_format).contiguous()
         object.__setattr__(self, "distance_bias", rows)
 
 

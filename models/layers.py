@@ -60,6 +60,11 @@ def make_norm(config: TransformerConfig) -> RMSNorm | LayerNorm:
     return kind(config.dim, eps=config.norm_eps)
 
 
+def add_and_norm(norm: nn.Module, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of x + update in one call, and that sum; of x itself where nothing is to be added."""
+    return (norm(x), x) if update is None else norm(update, x)
+
+
 class FeedForward(nn.Module):
     """Two linear layers around an activation; a gated one multiplies by a second projection (arXiv:2002.05202)."""
 
@@ -213,13 +218,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        update: Tensor | None = None,
         *,
         positional: Positional,
         lengths: Lengths,
         encoder_output: Tensor | None = None,
         source_lengths: Lengths | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """The hidden states x + update, and those it makes of them, both as their terms: whose norm is next adds them.
+
+        None is nothing to add.
+        """
+
         def attend(y: Tensor) -> Tensor:
             return self.attention(y, positional=positional, lengths=lengths, cache=cache)
 
@@ -229,34 +240,34 @@ class Block(nn.Module):
             return self.cross_attention(y, encoder_output=encoder_output, lengths=around, cache=cache)
 
         if self.parallel:
-            return self._parallel_branches(x, attend)
+            return self._parallel_branches(x, update, attend)
         branches: list[tuple[str, Branch]] = [("attention", attend), ("ffn", self.ffn)]
         if self.cross_attention is not None:
             branches.insert(1, ("cross_attention", attend_to_source))
-        return self._norm_after(x, branches) if self.place == "post" else self._norm_before(x, branches)
+        if self.place == "post":
+            return self._norm_after(x if update is None else x + update, branches), None
+        return self._norm_before(x, update, branches)
 
     def _norm_after(self, x: Tensor, branches: list[tuple[str, Branch]]) -> Tensor:
         for name, branch in branches:
             x, _ = getattr(self, f"{name}_norm")(self.dropout(branch(x)), x)
         return x
 
-    def _norm_before(self, x: Tensor, branches: list[tuple[str, Branch]]) -> Tensor:
-        """One call adds a branch's update to x and norms the sum for the next branch."""
-        update: Tensor | None = None
+    def _norm_before(
+        self, x: Tensor, update: Tensor | None, branches: list[tuple[str, Branch]]
+    ) -> tuple[Tensor, Tensor | None]:
         for name, branch in branches:
-            norm = getattr(self, f"{name}_norm")
-            normed, x = (norm(x), x) if update is None else norm(update, x)
+            normed, x = add_and_norm(getattr(self, f"{name}_norm"), x, update)
             y = branch(normed)
             if self.place == "sandwich":
                 y = getattr(self, f"{name}_post_norm")(y)
             update = self.dropout(y)
-        assert update is not None
-        return x + update
+        return x, update
 
-    def _parallel_branches(self, x: Tensor, attend: Branch) -> Tensor:
-        y = self.attention_norm(x)
+    def _parallel_branches(self, x: Tensor, update: Tensor | None, attend: Branch) -> tuple[Tensor, Tensor]:
+        y, x = add_and_norm(self.attention_norm, x, update)
         z = y if self.ffn_norm is None else self.ffn_norm(x)
-        return x + self.dropout(attend(y)) + self.dropout(self.ffn(z))
+        return x, self.dropout(attend(y)) + self.dropout(self.ffn(z))
 
 
 def initialize(module: nn.Module, config: TransformerConfig) -> None:

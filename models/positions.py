@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kernels.attention_options import RelativeBias
 from models.config import SINUSOIDAL, RopeScaling, TransformerConfig
@@ -49,7 +50,7 @@ class Rotary(Constant):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for ``rotate``, float32 (..., 1, rotated / 2), for integer positions (...)."""
-        angles = positions.to(torch.float32)[..., None, None] * self.values
+        angles = positions[..., None, None] * self.values
         if self.factor == 1:
             return angles.cos(), angles.sin()
         return angles.cos() * self.factor, angles.sin() * self.factor
@@ -163,9 +164,9 @@ class Embedding(nn.Module):
             assert token_ids is not None
             inputs_embeds = self.embed_tokens(token_ids)
         if self.positions is not None:
-            inputs_embeds = inputs_embeds + self.positions(positions + self.offset)
+            inputs_embeds = inputs_embeds + F.embedding(positions, self.positions.weight[self.offset :])
         elif self.sinusoids is not None:
-            inputs_embeds = inputs_embeds + self.sinusoids[positions + self.offset].to(inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds + self.sinusoids[self.offset :][positions].to(inputs_embeds.dtype)
         if self.widen and inputs_embeds.dtype == torch.float16:
             inputs_embeds = inputs_embeds.float()
         return self.dropout(inputs_embeds)

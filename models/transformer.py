@@ -14,7 +14,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy, prefers_chunks
 from models.cache import Cache, Lengths
 from models.config import TransformerConfig
 from models.generation import GenerationConfig
-from models.layers import Block, Linear, initialize, make_norm
+from models.layers import Block, Linear, add_and_norm, initialize, make_norm
 from models.positions import Constant, Embedding, Positional, RelativePositions, Rotary, alibi_slopes
 
 
@@ -66,12 +66,13 @@ class Stack(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         positional = self._positional(positions)
+        update: Tensor | None = None
         for block in self.blocks:
-            x = self._run(
-                block, x, positional=positional, lengths=lengths or Lengths(), encoder_output=encoder_output,
+            x, update = self._run(
+                block, x, update, positional=positional, lengths=lengths or Lengths(), encoder_output=encoder_output,
                 source_lengths=source_lengths, cache=cache,
             )  # fmt: skip
-        return self.norm(x)
+        return add_and_norm(self.norm, x, update)[0]
 
     def _positional(self, positions: Tensor) -> Positional:
         return Positional(
@@ -80,10 +81,12 @@ class Stack(nn.Module):
             alibi_slopes=None if self.alibi is None else self.alibi.values,
         )
 
-    def _run(self, block: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, update: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
         if self.activation_checkpointing and self.training:
+            # What a block is given is kept for the backward pass: a sum takes half of what its terms would.
+            x = x if update is None else x + update
             return checkpoint(block, x, use_reentrant=False, **options)
-        return block(x, **options)
+        return block(x, update, **options)
 
 
 class Transformer(nn.Module):
@@ -136,7 +139,10 @@ class Transformer(nn.Module):
             stack.activation_checkpointing = enabled
 
     def compile_blocks(self, compile_module: Callable[[nn.Module], None]) -> None:
-        """Applies ``compile_module`` to every block: all blocks of a stack then share one compiled graph."""
+        """Applies ``compile_module`` to every block: a stack's first then has a compiled graph, all others share one.
+
+        The first shares theirs where they have nothing to add either: post-norm, or with activation checkpointing.
+        """
         for stack in self.stacks:
             for block in stack.blocks:
                 compile_module(block)

@@ -37,23 +37,35 @@ def _load_sum(x_ptr, residual_ptr, total_ptr, at, mask):
 
 
 @triton.jit
-def _scale_and_store(normal, weight_ptr, bias_ptr, out_ptr, at, column, mask, width):
-    inside = column < width
-    out = normal * _load(weight_ptr, column, inside)[None, :]
-    if bias_ptr is not None:
-        out += _load(bias_ptr, column, inside)[None, :]
+def _load_parameters(weight_ptr, bias_ptr, column, width):
+    """Weight and bias; in place of a bias that is not there, something that nothing reads."""
+    weight = _load(weight_ptr, column, column < width)
+    if bias_ptr is None:
+        return weight, weight
+    else:
+        return weight, _load(bias_ptr, column, column < width)
+
+
+@triton.jit
+def _scale_and_store(normal, weight, bias, out_ptr, at, mask, BIAS: tl.constexpr):
+    out = normal * weight[None, :]
+    if BIAS:
+        out += bias[None, :]
     _store(out_ptr, at, out, mask)
 
 
 @triton.jit
 def _forward(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, statistics_ptr, rows, width, eps,
-    CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTER: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < width)[None, :]
     at = row[:, None] * width + column[None, :]
+    if EARLY:
+        weight, bias = _load_parameters(weight_ptr, bias_ptr, column, width)
+        tl.debug_barrier()  # or ptxas would ask for them when the row is there
     x = _load_sum(x_ptr, residual_ptr, total_ptr, at, mask)
     if residual_ptr is not None:
         _store(total_ptr, at, x, mask)
@@ -63,7 +75,9 @@ def _forward(
         x = tl.where(mask, x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)
     tl.store(statistics_ptr + row, rstd, mask=row < rows)
-    _scale_and_store(x * rstd[:, None], weight_ptr, bias_ptr, out_ptr, at, column, mask, width)
+    if not EARLY:
+        weight, bias = _load_parameters(weight_ptr, bias_ptr, column, width)
+    _scale_and_store(x * rstd[:, None], weight, bias, out_ptr, at, mask, bias_ptr is not None)
 
 
 @triton.jit
@@ -102,7 +116,8 @@ def _forward_wide(
         x = _load_sum(x_ptr, residual_ptr, total_ptr, at, mask)
         if CENTER:
             x -= mean[:, None]
-        _scale_and_store(x * rstd[:, None], weight_ptr, bias_ptr, out_ptr, at, column, mask, width)
+        weight, bias = _load_parameters(weight_ptr, bias_ptr, column, width)
+        _scale_and_store(x * rstd[:, None], weight, bias, out_ptr, at, mask, bias_ptr is not None)
 
 
 @triton.jit
@@ -268,11 +283,15 @@ def forward(
     rows, width = statistics.shape[1], x.shape[-1]
     if x.numel():
         tiling = forward_tiling(width)
+        programs = triton.cdiv(rows, tiling.rows)
+        # Few programs wait for memory alone, and wait once if they ask for everything at once. Many hide each other's
+        # waits, and want the registers.
+        early = {"EARLY": programs <= 2 * multiprocessors()} if tiling.whole else {}
         kernel = _forward if tiling.whole else _forward_wide
-        kernel[(triton.cdiv(rows, tiling.rows),)](
+        kernel[(programs,)](
             x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous(),
             None if bias is None else bias.contiguous(), out, None if residual is None else total, statistics,
-            rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, **tiling.options(),
+            rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, **early, **tiling.options(),
         )  # fmt: skip
     return out, total, statistics
 

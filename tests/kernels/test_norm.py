@@ -136,6 +136,16 @@ def test_the_same_bits_every_time(width: int) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("width", [60, 500])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_how_many_there_are(kind: str, width: int) -> None:
+    x, *parameters, residual = (t.detach() for t in case(kind, (1000, width), residual=True))
+    many = norm(kind, "triton")(x, *parameters, residual)
+    few = norm(kind, "triton")(x[:3], *parameters, residual[:3])
+    assert all(torch.equal(a[:3], b) for a, b in zip(many, few, strict=True))
+
+
+@needs_triton
 def test_autocast_leaves_the_dtypes_alone() -> None:
     inputs = case("layer", (5, 16), residual=True, dtypes=(torch.bfloat16, torch.float32, torch.float32))
     plain = outputs_and_gradients(norm("layer", "triton"), inputs)

@@ -110,14 +110,21 @@ def test_embeddings_may_stand_for_token_ids() -> None:
     torch.testing.assert_close(pair(None, target, inputs_embeds=embedded), pair(target, target))
 
 
-def test_activation_checkpointing_gives_the_same_gradients() -> None:
-    model = tiny_model("encoder_decoder").train()
+# Also: what a block leaves for the next norm to add makes the same sum as an addition of its own.
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [("encoder_decoder", {"norm_place": place}) for place in ("pre", "post", "sandwich")]
+    + [("decoder_only", {"parallel_residual": True, "shared_norm": shared}) for shared in (False, True)],
+    ids=str,
+)
+def test_activation_checkpointing_gives_the_same_gradients(architecture: str, shape: dict[str, object]) -> None:
+    model = tiny_model(architecture, **shape).train()
     source, target = torch.randint(60, (2, 6)), torch.randint(60, (2, 5))
     gradients = []
     for enabled in (False, True):
         model.set_activation_checkpointing(enabled)
         model.zero_grad()
-        model(source, target).square().mean().backward()
+        run(model, source, target).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)

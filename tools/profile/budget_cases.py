@@ -118,10 +118,12 @@ def cache_append(cache: torch.dtype, rotated: int = 0, interleaved: bool = False
     append(k, v, layer, layer, slots, scale, scale, angles, angles, interleaved, q if rotated else None)
 
 
-def norm(width: int, *, center: bool = False, residual: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+def norm(
+    width: int, rows: int = 1024, *, center: bool = False, residual: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> None:
     from kernels.gpu.norm import backward, forward
 
-    x, weight = torch.zeros(2, width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    x, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(width, dtype=dtype)
     out, total, statistics = forward(x, x if residual else None, weight, weight if center else None, 1e-6, center)
     normed, grad_total = (total, out) if residual else (x, None)
     backward(out, grad_total, normed, weight, statistics, center, None)
@@ -291,6 +293,8 @@ CASES: dict[str, Callable[[], None]] = {
     "norm/rms-16384": partial(norm, 16384),
     "norm/layer-1024-residual": partial(norm, 1024, center=True, residual=True),
     "norm/layer-8192": partial(norm, 8192, center=True),
+    "norm/rms-2048-residual-few": partial(norm, 2048, 32, residual=True),
+    "norm/layer-2048-few": partial(norm, 2048, 32, center=True),
     "rotary/halves": partial(rotary, False),
     "rotary/interleaved": partial(rotary, True),
     "rotary/partial": partial(rotary, False, rotated=32),
