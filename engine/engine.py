@@ -109,6 +109,8 @@ class Engine:
         schedule = self.scheduler.schedule()
         if not schedule.sequences:
             return None
+        if (flight := self._decode(schedule, before)) is not None:
+            return flight
         outlets = self._outlets(schedule, logits := self._run(schedule, before))
         flight = Flight(schedule, outlets)
         if outlets.samples:
@@ -184,6 +186,32 @@ class Engine:
             sequence.num_cached += count
         return logits
 
+    def _decode(self, schedule: Schedule, before: Flight | None) -> Flight | None:
+        """The step, if it is one token of each sequence and the runner draws the next ones itself; else None."""
+        sequences = schedule.sequences
+        if not schedule.only_decodes or not all(sequence.is_plain for sequence in sequences):
+            return None
+        batch = _batch(schedule, self.cache.tokens, before)
+        if (size := self.runner.num_drawn(batch)) is None:
+            return None
+        lengths = [sequence.length for sequence in sequences]
+        rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
+        self.cache.copy_shared()
+        drawn = self.runner.draw(batch, self.columns.batch(sequences, lengths, rows, size))
+        if drawn is None:
+            return None
+        for sequence in sequences:
+            sequence.num_cached += 1
+            sequence.request.forked = True
+        self._expect(sequences)
+        return Flight(schedule, Outlets(sequences, lengths), drawn)
+
+    def _expect(self, sequences: list[Sequence]) -> None:
+        """Takes note of tokens that have been drawn, where they are not waited for."""
+        if self.runner.drawn is not None:
+            for sequence in sequences:
+                sequence.num_pending += 1
+
     def _outlets(self, schedule: Schedule, logits: Tensor) -> Outlets:
         outlets, start = Outlets(), 0
         for sequence, wanted in zip(schedule.sequences, schedule.wanted, strict=True):
@@ -239,8 +267,7 @@ class Engine:
         drawn = draw(logits, self.columns.batch(sequences, lengths, rows), num_threads=self.num_threads)
         if self.runner.drawn is not None:
             self.runner.drawn[: len(sequences)] = drawn.token_ids
-            for sequence in sequences:
-                sequence.num_pending += 1
+        self._expect(sequences)
         self._sampling += time.perf_counter() - start
         return drawn
 
@@ -271,6 +298,9 @@ class Engine:
 
         Returns how many.
         """
+        if not sequence.draft:
+            self._deliver_token(sequence, result, token_ids[start], start)
+            return int(sequence.error is None)
         draft, sequence.draft = sequence.draft, []
         right = delivered = 0
         for i in range(start, end):
@@ -282,7 +312,7 @@ class Engine:
             right += was_right
             if not was_right or sequence.finish_reason is not None:
                 break
-        if draft and self.speculation is not None:
+        if self.speculation is not None:
             self.speculation.judge(sequence, right, len(draft))
             sequence.num_cached = len(sequence.token_ids) - 1  # what was drafted wrongly is written over
         return delivered

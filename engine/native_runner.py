@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.kv_cache import KVCache, Source, Table
 from kernels.cached_attention import CacheFormat
+from kernels.sampling import Draw, SamplingBatch
 from models.native import NativeModel
 
 # Long prompts are cut into slices of so many tokens: the program's memory is small, and its rows stay in the cache.
@@ -78,6 +79,12 @@ class NativeRunner:
             self._decode(part, logits[done:end])
             done = end
         return torch.from_numpy(logits)
+
+    def num_drawn(self, batch: Batch) -> int | None:
+        return None
+
+    def draw(self, batch: Batch, sampling: SamplingBatch) -> Draw | None:
+        return None
 
     def take_seconds(self) -> dict[str, float]:
         programs = [program for program in (self.model.decode, self.model.encode) if program is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -164,6 +165,12 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its next token is drawn by its request's numbers alone, and for itself alone."""
+        request = self.request
+        return request.draws_plainly and not self.draft and (request.forked or len(request.sequences) == 1)
+
+    @property
     def ends_by_length(self) -> bool:
         """Whether what is pending brings it to its length limit."""
         return self.num_pending > 0 and self.length >= self.max_length
@@ -237,6 +244,11 @@ class Request:
             or (self.scored is not None and not self.all_scored)
         )
 
+    @functools.cached_property
+    def draws_plainly(self) -> bool:
+        """Whether its tokens come of the logits as they are, by numbers of its own."""
+        return self.scored is None and not self.needs_its_tokens and self.rules.ask_nothing
+
     @property
     def order(self) -> tuple[int, int]:
         return self.priority, self.arrival
@@ -246,6 +258,8 @@ class Request:
         """Those that the next step runs."""
         if not self.forked:
             return self.sequences[:1]
+        if len(self.sequences) == 1 and self.sequences[0].finish_reason is None:
+            return self.sequences
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
     @property

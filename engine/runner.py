@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol, cast
 
 import numpy as np
@@ -13,6 +14,8 @@ from engine.decode_graphs import DecodeGraphs
 from engine.kv_cache import KVCache, Source
 from engine.step_tensors import StepBuffer, StepTensors, step_shape
 from engine.tensor_cache import CacheView, Part, TensorStorage, runs, whole
+from kernels.graph_sampling import plan_of
+from kernels.sampling import Draw, SamplingBatch
 from models.cache import Lengths
 from models.transformer import DecoderOnly, EncoderDecoder
 
@@ -42,6 +45,14 @@ class Runner(Protocol):
         """
         ...
 
+    def num_drawn(self, batch: Batch) -> int | None:
+        """For how many rows ``draw`` wants parameters, the batch's own first; None: it does not draw for this batch."""
+        ...
+
+    def draw(self, batch: Batch, sampling: SamplingBatch) -> Draw | None:
+        """Runs a batch's tokens and draws the next ones; None, and nothing is done, where ``sampling`` is beyond it."""
+        ...
+
     def take_seconds(self) -> dict[str, float]:
         """Seconds since the last call, by kind of operation; nothing where the runner keeps no time."""
         ...
@@ -60,6 +71,7 @@ class TorchRunner:
         self.model, self.cache, self.storage, self.ragged = model, cache, storage, ragged
         self.drawn: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
+        self._planned: tuple[SamplingBatch, Hashable | None] | None = None  # the last one's, which often comes again
 
     def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         hidden = self.encoder_hidden([source.token_ids for source in sources])
@@ -89,6 +101,15 @@ class TorchRunner:
         tensors = StepBuffer(step_shape(self.cache, batch), self.storage.device).fill(self.cache, batch)
         parts = whole(tensors, int(batch.counts.max())) if self.ragged else runs(tensors, batch, self.cache)
         return self.run(tensors, parts)
+
+    def num_drawn(self, batch: Batch) -> int | None:
+        return self.graphs.size_of(batch) if self.graphs is not None and self.graphs.serve(batch) else None
+
+    def draw(self, batch: Batch, sampling: SamplingBatch) -> Draw | None:
+        if self._planned is None or self._planned[0] is not sampling:
+            self._planned = sampling, plan_of(sampling)
+        plan = self._planned[1]
+        return None if self.graphs is None or plan is None else self.graphs.draw(batch, sampling, plan)
 
     def run(self, tensors: StepTensors, parts: list[Part]) -> Tensor:
         """Logits (selected, vocab) of a step whose input is on the device."""

@@ -67,7 +67,7 @@ def torch_runner(model: DecoderOnly | EncoderDecoder, options: EngineOptions) ->
         runner.drawn = torch.zeros(options.max_num_seqs, dtype=torch.int64, device=weight.device)
     if ragged:
         captures = on_gpu and not options.enforce_eager
-        runner.graphs = DecodeGraphs(runner.run, cache, weight.device, captures=captures)
+        runner.graphs = DecodeGraphs(runner.run, cache, weight.device, runner.drawn, captures=captures)
     return runner
 
 

@@ -9,7 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from engine.request import Sequence
+from engine.sampling import SamplingParams
 from kernels.sampling import SamplingBatch
+
+GREEDY = SamplingParams(temperature=0)
 
 
 class SamplingColumns:
@@ -22,11 +25,17 @@ class SamplingColumns:
         self._places: tuple[list[int], list[int]] = ([], [])
         self._batch: SamplingBatch | None = None
 
-    def batch(self, sequences: list[Sequence], lengths: list[int], rows: list[int]) -> SamplingBatch:
-        """Of the token after the first ``lengths`` of each sequence, in its row; it counts until the next call."""
+    def batch(
+        self, sequences: list[Sequence], lengths: list[int], rows: list[int], size: int | None = None
+    ) -> SamplingBatch:
+        """Of the token after the first ``lengths`` of each sequence, in its row; it counts until the next call.
+
+        Rows up to ``size`` that are no sequence's take the likeliest token.
+        """
+        size = size or len(sequences)
         same = (rows, lengths) == self._places and all(map(operator.is_, sequences, self._sequences))
-        if self._batch is None or not same:
-            self._batch = self._build(sequences, rows, lengths)
+        if self._batch is None or not same or self._batch.rows != size:
+            self._batch = self._build(sequences, rows, lengths, size - len(sequences))
             self._sequences = list(sequences)
         else:
             self._batch.position.add_(1)
@@ -34,11 +43,12 @@ class SamplingColumns:
         self._places = rows, [length + 1 for length in lengths]
         return self._batch
 
-    def _build(self, sequences: list[Sequence], rows: list[int], lengths: list[int]) -> SamplingBatch:
-        params = [sequence.request.params for sequence in sequences]
-        prompts = [sequence.num_prompt for sequence in sequences]
+    def _build(self, sequences: list[Sequence], rows: list[int], lengths: list[int], gaps: int) -> SamplingBatch:
+        params = [sequence.request.params for sequence in sequences] + [GREEDY] * gaps
+        prompts = [sequence.num_prompt for sequence in sequences] + [0] * gaps
+        rows, lengths = rows + [0] * gaps, lengths + [0] * gaps
         return SamplingBatch.build(
-            len(sequences),
+            len(params),
             temperature=[p.temperature for p in params],
             top_k=[max(p.top_k, 0) for p in params],
             top_p=[p.top_p for p in params],
@@ -47,7 +57,7 @@ class SamplingColumns:
             repetition_penalty=[p.repetition_penalty for p in params],
             presence_penalty=[p.presence_penalty for p in params],
             frequency_penalty=[p.frequency_penalty for p in params],
-            seed=[sequence.seed for sequence in sequences],
+            seed=[sequence.seed for sequence in sequences] + [0] * gaps,
             position=[length - prompt for length, prompt in zip(lengths, prompts, strict=True)],
             num_logprobs=[-1 if p.logprobs is None else p.logprobs for p in params],
             history=(

@@ -26,7 +26,8 @@ class Schedule:
         self.only_decodes = self.only_decodes and count == 1 + len(sequence.draft)
         self.sequences.append(sequence)
         self.counts.append(count)
-        self.wanted.append(_wanted(sequence, sequence.num_cached, sequence.num_cached + count))
+        start = sequence.num_cached
+        self.wanted.append(_wanted(sequence, start, start + count))
 
 
 def _wanted(sequence: Sequence, start: int, end: int) -> int:
@@ -166,7 +167,8 @@ class Scheduler:
         """Gives all who run blocks for their tokens; returns whether others had to give way for them."""
         before, i = self.num_preemptions, 0
         while i < len(self.running):
-            if all(self._grow(sequence) for sequence in self.running[i].live):
+            request = self.running[i]
+            if self._has_room(request) or all(self._grow(sequence) for sequence in request.live):
                 i += 1
             else:
                 self._preempt()  # the last, which may be this one
@@ -178,10 +180,12 @@ class Scheduler:
         decoding: list[Sequence] = []
         for request in self.running:
             live = request.live
-            long = [sequence for sequence in live if sequence.num_lacking > 1]
+            lacking = [sequence.num_lacking for sequence in live]
+            long = [sequence for sequence, lacks in zip(live, lacking, strict=True) if lacks > 1]
             prompts += long
             if request.beams is None or not long:  # beams take a step together
-                decoding += [s for s in live if s.num_lacking == 1 and not s.ends_by_length]
+                pairs = zip(live, lacking, strict=True)
+                decoding += [sequence for sequence, lacks in pairs if lacks == 1 and not sequence.ends_by_length]
         for sequence in decoding:
             self._add(schedule, sequence, 1 + self._accept_draft(sequence))
         return prompts
@@ -198,6 +202,12 @@ class Scheduler:
             return 0
         self.cache.tokens[row.index, length:end] = sequence.draft
         return len(sequence.draft)
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether a request surely lacks nothing, its only sequence sharing no block that it still writes."""
+        first = request.sequences[0]
+        have = 0 if first.row is None else len(first.row.blocks) * self.cache.block_size
+        return len(request.sequences) == 1 and first.length <= have
 
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to it that the sequence's tokens have blocks; False: there is no room."""

@@ -221,8 +221,12 @@ def _draw_on_gpu(logits: Tensor, batch: SamplingBatch) -> Draw:
     if logits.shape[0] != batch.rows:
         raise ValueError(f"logits must have the {batch.rows} rows of the batch, got {logits.shape[0]}")
     with on_device_of(logits), torch.no_grad():
-        drawn = gpu.launch(logits, upload(batch, logits.device))
-        download = drawn.download()
+        return draw_of(gpu.launch(logits, upload(batch, logits.device)))
+
+
+def draw_of(drawn: gpu.DeviceResult) -> Draw:
+    """What has been launched on the current device."""
+    download = drawn.download()
 
     def result() -> SampleResult:
         found = download()

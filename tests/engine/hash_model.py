@@ -16,6 +16,7 @@ from engine.batch import Batch
 from engine.engine import Engine
 from engine.kv_cache import KVCache, Source, Table
 from engine.prompts import PromptReader
+from kernels.sampling import Draw, SamplingBatch
 from models.config import TransformerConfig
 from models.generation import GenerationConfig
 
@@ -71,6 +72,12 @@ class HashRunner:
             if token_id == self.fails:
                 logits[i] = np.nan
         return torch.from_numpy(logits[batch.selected])
+
+    def num_drawn(self, batch: Batch) -> int | None:
+        return None
+
+    def draw(self, batch: Batch, sampling: SamplingBatch) -> Draw | None:
+        return None
 
     def take_seconds(self) -> dict[str, float]:
         return {}

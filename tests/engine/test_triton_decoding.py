@@ -54,6 +54,26 @@ def test_greedy_tokens_are_those_of_the_native_backend(kind: str) -> None:
 
 
 @BOTH
+def test_steps_sent_ahead_give_the_same_tokens(kind: str) -> None:
+    """As on a GPU: a step takes the tokens that the one before has drawn where they lie."""
+    native, triton = engines(kind)
+    runner = triton.engine.runner
+    assert isinstance(runner, TorchRunner) and runner.graphs is not None
+    if runner.drawn is None:
+        runner.drawn = runner.graphs.drawn = torch.zeros(8, dtype=torch.int64)
+    given = prompts(2, 9, 4)
+    each = [
+        SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=3, logprobs=2, ignore_eos=True),
+        SamplingParams(temperature=0, repetition_penalty=1.5, max_tokens=4, ignore_eos=True),
+    ]
+    expected, found = (llm.generate(given, each, use_tqdm=False) for llm in (native, triton))
+    assert [output.outputs[0].token_ids for output in found] == [output.outputs[0].token_ids for output in expected]
+    for ours, theirs in zip(found[1].outputs[0].logprobs or [], expected[1].outputs[0].logprobs or [], strict=True):
+        assert list(ours) == list(theirs)
+
+
+@BOTH
 def test_prompts_in_pieces_beside_those_that_decode(kind: str) -> None:
     native, triton = engines(kind, max_num_batched_tokens=6, block_size=16)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
