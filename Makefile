@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 , := ,
 .DELETE_ON_ERROR:
 .PHONY: env demo test test-slow bench lint sanitize sanitize-quick gpu gpu-build gpu-test gpu-test-kernels gpu-test-engine \
-	gpu-bench gpu-engine gpu-train
+	gpu-bench gpu-bench-decoding gpu-engine gpu-train
 
 env: $(STAMP)
 
@@ -55,7 +55,7 @@ sanitize-quick: env
 	PATH=$(abspath $(VENV))/bin:$$PATH tests/run_sanitized.sh $(abspath $(RUN)) native thread
 
 # On a machine with a GPU; needs no network, pip index or git. Each stage stands alone and stays under 8 minutes.
-gpu: gpu-build gpu-test gpu-bench gpu-engine gpu-train
+gpu: gpu-build gpu-test gpu-bench gpu-bench-decoding gpu-engine gpu-train
 
 gpu-build:
 	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps $(WHEELS)/*.whl)
@@ -102,6 +102,16 @@ gpu-bench:
 	$(call measure,cross_entropy,30,cross_entropy --shape plain --seconds 0.1)
 	$(call measure,linear_cross_entropy,35,linear_cross_entropy --seconds 0.1)
 	$(call measure,train,55,train --against transformers)
+	@$(end_measuring)
+
+# The operations that a decoding step consists of. What takes longest is compiling, as every precision and number of rows
+# has a kernel of its own.
+gpu-bench-decoding:
+	$(begin_measuring)
+	$(call measure,paged_attention,140,paged_attention --seconds 0.2)
+	$(call measure,sampling,70,sampling --seconds 0.2)
+	$(call measure,linear,130,linear --shape decode --seconds 0.1)
+	$(call measure,linear_head,80,linear --shape head --seconds 0.1)
 	@$(end_measuring)
 
 # One model at a time: what it leaves behind, of memory or of broken state, the next one does not meet.

@@ -26,8 +26,9 @@ CACHE_LIMIT = 4 << 30  # bytes, unless kv_cache_memory_bytes says otherwise
 # Few enough that those who decode meanwhile do not wait long.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 QUANTIZATIONS = (None, "auto", "int8", "int4", FLOAT8)
-CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+NATIVE_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class EngineOptions:
             max_num_seqs, unless given.
         kv_cache_memory_bytes: the cache's size; unset, max_num_seqs x max_model_len tokens, but on a CPU 4 GiB at most,
             and on a GPU what gpu_memory_utilization, a share of its memory, leaves beside the weights.
-        kv_cache_dtype: float32, bfloat16 or int8, the last on the native backend alone; auto: the weights' dtype, and
-            bfloat16 beside quantised ones.
+        kv_cache_dtype: what keys and values are kept in: float32, bfloat16, float16, int8 (a scale a token and head) or
+            fp8 (e4m3, no scales), the native backend having neither float16 nor fp8; auto: the weights' dtype, and on
+            the native backend bfloat16 beside quantised ones.
         block_size: tokens in a block of the cache; for native a multiple of 16.
         enable_prefix_caching: keys and values of equal beginnings, and of equal sources, are computed once.
         speculative_config: how tokens to come are guessed, a dict (``engine.speculative_config``); None: not at all.
@@ -80,7 +82,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(f"unknown backend {self.backend!r}: choose one of auto, {', '.join(BACKENDS)}")
-        for name, allowed in (("quantization", QUANTIZATIONS), ("kv_cache_dtype", CACHE_DTYPES)):
+        for name, allowed in (("quantization", QUANTIZATIONS), ("kv_cache_dtype", ("auto", *CACHE_DTYPES))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, allowed))}")
         for field in dataclasses.fields(self):
@@ -140,6 +142,9 @@ class EngineOptions:
             raise ValueError(f"backend='native' runs on a CPU, and the model is on {device.type}")
         if self.block_size % PAGE:
             raise ValueError(f"block_size is {self.block_size}: the native backend takes multiples of {PAGE}")
+        if self.kv_cache_dtype not in NATIVE_CACHE_DTYPES:
+            allowed = ", ".join(NATIVE_CACHE_DTYPES)
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype}: the native backend takes {allowed}")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> EngineOptions:
@@ -159,6 +164,10 @@ class EngineOptions:
             raise ValueError(f"max_model_len {self.max_model_len} is beyond the model's {config.max_seqlen}")
         unlimited = config.max_seqlen >= LARGEST
         return self.max_model_len or (LENGTH_WITHOUT_LIMIT if unlimited else config.max_seqlen)
+
+    def cache_dtype(self, weights: torch.dtype) -> torch.dtype:
+        """What the cache is kept in where torch runs the model."""
+        return weights if self.kv_cache_dtype == "auto" else CACHE_DTYPES[self.kv_cache_dtype]
 
     def step_tokens(self, device: torch.device) -> int:
         return self.max_num_batched_tokens or max(STEP_TOKENS[device.type], self.max_num_seqs)

@@ -12,7 +12,7 @@ from engine.native_runner import NativeRunner, NativeStorage
 from engine.options import EngineOptions
 from engine.runner import Runner, TorchRunner
 from engine.tensor_cache import TensorStorage
-from kernels.backend import available, choose, triton_serves
+from kernels.backend import TRITON_DEVICE, available, choose, triton_serves
 from kernels.cached_attention import CacheFormat
 from models import checkpoint, quantized
 from models.assembly import NamedWeights
@@ -21,6 +21,9 @@ from models.native import Weights, lower
 from models.quantized import FLOAT8
 from models.tokenizer import Tokenizer
 from models.transformer import DecoderOnly, EncoderDecoder
+
+if TRITON_DEVICE is not None:
+    from kernels.gpu.target import serves_float8
 
 
 def open_checkpoint(
@@ -48,15 +51,16 @@ def runner_of(
 def torch_runner(model: DecoderOnly | EncoderDecoder, options: EngineOptions) -> TorchRunner:
     """A runner of a model that has its weights."""
     config, weight = model.config, next(model.parameters())
-    if options.kv_cache_dtype not in ("auto", str(weight.dtype).removeprefix("torch.")):
-        raise ValueError(f"kv_cache_dtype is {options.kv_cache_dtype}: where torch runs the model, it is the weights'")
-    per_block = TensorStorage.bytes_per_block(config, options.block_size, weight.dtype)
-    num_blocks = options.num_blocks(config, per_block, weight.device)
     backend = None if options.backend == "auto" else options.backend
-    storage = TensorStorage(config, num_blocks, options.block_size, weight.device, weight.dtype, backend)
-    cache = KVCache(storage, options.max_num_seqs, options.model_length(config), options.enable_prefix_caching)
     serving = available(weight.device, triton=triton_serves(weight))
     ragged = choose("the engine's cache", serving, backend) == "triton"
+    dtype = options.cache_dtype(weight.dtype)
+    if ragged and dtype == torch.float8_e4m3fn and not serves_float8():
+        raise ValueError("kv_cache_dtype is fp8, which needs a GPU of compute capability 8.9 or later")
+    per_block = TensorStorage.bytes_per_block(config, options.block_size, dtype)
+    num_blocks = options.num_blocks(config, per_block, weight.device)
+    storage = TensorStorage(config, num_blocks, options.block_size, weight.device, dtype, backend)
+    cache = KVCache(storage, options.max_num_seqs, options.model_length(config), options.enable_prefix_caching)
     runner = TorchRunner(model, cache, storage, ragged=ragged)
     on_gpu = weight.device.type == "cuda"
     if on_gpu:

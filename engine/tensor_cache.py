@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,10 +63,20 @@ def runs(tensors: StepTensors, batch: Batch, cache: KVCache) -> list[Part]:
     return [part(a, b) for a, b in itertools.pairwise(cuts)]
 
 
+class LayerCache(NamedTuple):
+    """A layer's share: (num_blocks, block_size, kv_heads, head_dim) twice, and without head_dim the scales of int8."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+
 class TensorStorage:
     """Keys and values as tensors, (num_blocks, layers, block_size, kv_heads, head_dim) each, in ``dtype``.
 
-    ``backend`` is what attention over them and the append are asked to run on, None for the best there is.
+    int8 has scales beside it, float32 (num_blocks, layers, block_size, kv_heads); float8_e4m3fn has none. ``backend``
+    is what attention over them and the append are asked to run on, None for the best there is.
     """
 
     def __init__(
@@ -74,22 +85,26 @@ class TensorStorage:
     ) -> None:  # fmt: skip
         assert config.kv_heads is not None and config.head_dim is not None
         self.block_size, self.num_blocks, self.device, self.backend = block_size, num_blocks, device, backend
-        shape = (num_blocks, config.depth, block_size, config.kv_heads, config.head_dim)
-        self.k, self.v = _zeros(shape, device, dtype), _zeros(shape, device, dtype)
+        heads = (num_blocks, config.depth, block_size, config.kv_heads)
+        self.k, self.v = (_zeros((*heads, config.head_dim), device, dtype) for _ in range(2))
+        self.k_scale = self.v_scale = None
+        if dtype == torch.int8:
+            self.k_scale, self.v_scale = (_zeros(heads, device, torch.float32) for _ in range(2))
 
     @staticmethod
     def bytes_per_block(config: TransformerConfig, block_size: int, dtype: torch.dtype) -> int:
         assert config.kv_heads is not None and config.head_dim is not None
-        return 2 * config.depth * block_size * config.kv_heads * config.head_dim * dtype.itemsize
+        a_head = config.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype == torch.int8 else 0)
+        return 2 * config.depth * block_size * config.kv_heads * a_head
 
     def copy(self, sources: Table, targets: Table) -> None:
         source, target = (torch.from_numpy(blocks.astype(np.int64)).to(self.device) for blocks in (sources, targets))
-        self.k[target] = self.k[source]
-        self.v[target] = self.v[source]
+        for memory in self._memory():
+            memory[target] = memory[source]
 
     def clear(self, blocks: list[int]) -> None:
-        self.k[blocks] = 0
-        self.v[blocks] = 0
+        for memory in self._memory():
+            memory[blocks] = 0
 
     def append(
         self, layer: int, k: Tensor, v: Tensor, slots: Tensor, q: Tensor | None = None, rotary: Angles | None = None
@@ -99,9 +114,21 @@ class TensorStorage:
         With ``rotary``, keys are turned on their way, and q in place.
         """
         cos, sin = rotary or (None, None)
+        cache = self.layer(layer)
         append_to_cache(
-            k, v, self.k[:, layer], self.v[:, layer], slots, cos=cos, sin=sin, q=q, backend=self.backend
+            k, v, cache.k, cache.v, slots,
+            k_scale=cache.k_scale, v_scale=cache.v_scale, cos=cos, sin=sin, q=q, backend=self.backend,
         )  # fmt: skip
+
+    def layer(self, layer: int) -> LayerCache:
+        scales = (None if x is None else x[:, layer] for x in (self.k_scale, self.v_scale))
+        return LayerCache(self.k[:, layer], self.v[:, layer], *scales)
+
+    def _memory(self) -> list[Tensor]:
+        """All that a block consists of, as tensors that torch can index."""
+        # Of float8 there is no such kernel everywhere; its bytes are moved as well.
+        parts = [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (self.k, self.v)]
+        return parts + [x for x in (self.k_scale, self.v_scale) if x is not None]
 
 
 class CacheView:
@@ -120,16 +147,19 @@ class CacheView:
         return self._attend(layer, q, options, source=True)
 
     def _attend(self, layer: int, q: Tensor, options: AttentionOptions, *, source: bool) -> Tensor:
+        cache = self.storage.layer(layer)
         mixed = [
             paged_attention(
                 q[part.tokens],
-                self.storage.k[:, layer],
-                self.storage.v[:, layer],
+                cache.k,
+                cache.v,
                 part.source_tables if source else part.tables,
                 part.source_lengths if source else part.lengths,
                 part.cu_seqlens,
                 max_seqlen_q=part.max_count,
                 causal=not source,
+                k_scale=cache.k_scale,
+                v_scale=cache.v_scale,
                 backend=self.storage.backend,
                 **options,
             )
@@ -143,9 +173,9 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
 
     On a CPU numpy leaves the pages untouched until they are used, which torch does not.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
     count = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu":
+        return torch.zeros(count, device=device, dtype=torch.uint8).view(dtype).view(shape)
     try:
         return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
     except MemoryError:

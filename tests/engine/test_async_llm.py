@@ -106,11 +106,11 @@ def test_what_cannot_run_is_a_sentence_and_harms_nobody(served: AsyncLLM) -> Non
         await served.abort(5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="priority"):
             await collect(served, 1, priority=2**40)
-        first = asyncio.create_task(collect(served, 3, request_id="same"))
-        await asyncio.sleep(0.02)
+        first = served.generate(prompt(3), LONG, "same")
+        await anext(first)
         with pytest.raises(ValueError, match="in progress"):
             await collect(served, 4, SamplingParams(max_tokens=1), request_id="same")
-        assert (await first)[-1].finished and (await other)[-1].finished
+        assert [output async for output in first][-1].finished and (await other)[-1].finished
 
     asyncio.run(work())
 

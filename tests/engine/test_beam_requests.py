@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def decisive_model(architecture: str, **changes: object) -> DecoderOnly | Encode
     bias[EOS_ID] = 4.0
     with torch.no_grad():
         torch.nn.init.normal_(model.lm_head.weight, std=0.5)
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias.to(logits.device))
+    on = functools.cache(bias.to)  # a CUDA graph cannot copy it
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + on(logits.device))
     return model
 
 

@@ -73,7 +73,7 @@ def test_processors_change_logits(architecture: str) -> None:
 
     def only(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
         seen.append((prompt, output))
-        return torch.where(torch.arange(len(logits)) == 20 + len(output), 0.0, -math.inf)
+        return torch.where(torch.arange(len(logits), device=logits.device) == 20 + len(output), 0.0, -math.inf)
 
     def add(output: list[int], logits: torch.Tensor) -> torch.Tensor:
         logits[40] += 1000

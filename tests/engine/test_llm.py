@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from engine import LLM, SamplingParams
 from engine.batch import Batch
+from engine.runner import TorchRunner
 from models import DecoderOnly, EncoderDecoder, load
 from models.tokenizer import Tokenizer, train_vocabulary
 from tests.conftest import TEXTS, tiny_model
@@ -96,11 +97,13 @@ class Scripted:
     def __init__(self, model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer, text: str) -> None:
         self.tokenizer, self.ids, self.step = tokenizer, [*tokenizer.encode_target(text), 2], 0
         self.llm = llm_of(model, tokenizer)
-        self.llm.engine.runner.logits = self.logits  # type: ignore[method-assign]
+        runner = self.llm.engine.runner
+        assert isinstance(runner, TorchRunner)
+        runner.logits, runner.graphs = self.logits, None  # type: ignore[method-assign]
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        logits = torch.full((int(batch.wanted.sum()), self.tokenizer.target_vocab_size), -10.0)
-        logits[:, self.ids[self.step]] = 10.0
+        logits = torch.full((int(batch.wanted.sum()), self.tokenizer.target_vocab_size), -10.0, device=DEVICE)
+        logits[:, self.ids[min(self.step, len(self.ids) - 1)]] = 10.0  # a step may have been sent behind the end
         self.step += 1
         return logits
 
@@ -247,8 +250,8 @@ def test_an_empty_prompt_of_a_language_model_is_refused() -> None:
     "options",
     [{"max_num_seqs": 0}, {"max_model_len": 65}, {"kv_cache_memory_bytes": 1}, {"num_threads": 0}, {"device": "tpu"},
      {"device": "mps"}, {"backend": "cuda"}, {"quantization": "int3"},
-     {"quantization": "int8"}, {"kv_cache_dtype": "int4"}, {"kv_cache_dtype": "int8"}, {"temperature": 1},
-     {"backend": "native", "block_size": 8},
+     {"quantization": "int8"}, {"kv_cache_dtype": "int4"}, {"temperature": 1},
+     {"backend": "native", "block_size": 8}, {"backend": "native", "kv_cache_dtype": "fp8"},
      {"gpu_memory_utilization": 0}, {"gpu_memory_utilization": 2}, {"enforce_eager": 1}, {"tensor_parallel_size": 2},
      {"batch_invariant": True, "backend": "torch"}, {"num_threads": 10**8}, {"seed": [1]},
      {"kv_cache_memory_bytes": 10**18}],

@@ -32,12 +32,17 @@ def drive(llm: LLM) -> list[RequestOutput]:
     return finished
 
 
+def step(llm: LLM) -> list[RequestOutput]:
+    """What a step brings: on a GPU the next one is sent before that is known, which is then a call late."""
+    return llm.step() or llm.step()
+
+
 @ARCHITECTURES
 def test_requests_join_and_leave_between_steps(architecture: str) -> None:
     llm = engine(architecture)
     for i in range(3):
         llm.add_request(f"early {i}", prompt(i), GREEDY)
-    outputs = llm.step()
+    outputs = step(llm)
     assert [output.request_id for output in outputs] == ["early 0", "early 1", "early 2"]
     assert [len(output.outputs[0].token_ids) for output in outputs] == [1, 1, 1]
     llm.add_request("late", prompt(3), SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
@@ -70,7 +75,7 @@ def test_a_search_shows_what_is_settled_on_its_way(architecture: str) -> None:
         llm.add_request("search", prompt(1), search)
         lengths = []
         for _ in range(10):
-            (output,) = llm.step()
+            (output,) = step(llm)
             (shown,) = output.outputs
             assert shown.token_ids == expected[: len(shown.token_ids)] and shown.finish_reason is None
             lengths.append(len(shown.token_ids))
@@ -86,9 +91,10 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
     llm.add_request("decoding", prompt(0), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     llm.step()
     llm.add_request("long", {"prompt_token_ids": [7] * 40}, GREEDY)
-    steps = [[output.request_id for output in llm.step()] for _ in range(6)]
-    assert all("decoding" in step for step in steps)
-    assert ["long" in step for step in steps].index(True) == 5  # 40 tokens, 7 a step
+    late = llm.engine.runner.drawn is not None  # a step's results are a call late
+    told = [[output.request_id for output in llm.step()] for _ in range(6 + late)]
+    assert all("decoding" in ids for ids in told)
+    assert ["long" in ids for ids in told].index(True) == 5 + late  # 40 tokens, 7 a step
     drive(llm)
 
 
@@ -98,7 +104,7 @@ def test_metrics_tell_what_is_going_on() -> None:
     assert (empty.num_running, empty.num_waiting, empty.cache_usage, empty.tokens_per_second) == (0, 0, 0.0, 0.0)
     for i in range(3):
         llm.add_request(str(i), prompt(1), GREEDY)
-    llm.step()
+    step(llm)
     busy = llm.get_metrics()
     assert (busy.num_running, busy.num_waiting, busy.num_steps, busy.num_tokens) == (2, 1, 1, 2)
     assert busy.cache_usage == 3 / llm.engine.cache.num_blocks  # one source, two targets
