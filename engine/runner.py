@@ -115,7 +115,8 @@ class TorchRunner:
         """Logits (selected, vocab) of a step whose input is on the device."""
         token_ids = tensors.token_ids
         if self.drawn is not None:
-            token_ids = torch.where(tensors.drawn < 0, token_ids, self.drawn[tensors.drawn.clamp(min=0)])
+            drawn = self.drawn[tensors.drawn.clamp(min=0)].clamp(min=0)  # -1 is of a row that could not be sampled
+            token_ids = torch.where(tensors.drawn < 0, token_ids, drawn)
         view = CacheView(self.storage, tensors.slots, parts)
         hidden = self.model.decode(token_ids, tensors.positions, view)
         if len(tensors.selected) < len(hidden):  # else all are
