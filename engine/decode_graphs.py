@@ -39,8 +39,8 @@ class Step:
 class DecodeGraphs:
     """Runs steps in which every sequence decodes one token.
 
-    ``run`` makes logits (tokens, vocab) of tensors on the device, and ``drawn`` takes the tokens drawn from them. Unless
-    it ``captures``, as on a CPU, ``run`` is called anew for each step, on the same padded batches.
+    ``run`` makes logits (tokens, vocab) of tensors on the device; ``drawn`` takes the tokens drawn from them. Unless it
+    ``captures``, as on a CPU, ``run`` is called anew for each step, on the same padded batches.
     """
 
     def __init__(
