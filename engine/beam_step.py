@@ -101,7 +101,7 @@ def _likeliest(searches: Sequence[BeamSearch], sums: Logprobs, tokens: Indices) 
     every = np.arange(num)[:, None]
     parents = best // count % beams
     chosen = tokens[every, parents, best % count]
-    ended = np.isin(chosen, one.eos_ids)
+    ended = (chosen[..., None] == one.eos_ids).any(axis=-1)
     last = np.array([search.length + 1 >= search.max_length for search in searches])
     return Candidates(flat[every, best], parents, chosen, ended, ended | last[:, None])
 
