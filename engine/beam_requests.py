@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -69,29 +68,23 @@ def advance_searches(
     ``edits`` are what the beams' rules ask of their log-probabilities.
     """
     searches = [_beams(request) for request in requests]
-    places = _places(searches)
+    starts = np.cumsum([0, *(len(search.token_ids) for search in searches)])
     scores = log_softmax_(logits, num_threads=num_threads)
     if edits is not None:
         edit_logits(scores, edits, num_threads=num_threads)
-    again = [row for request, rows in zip(requests, places, strict=True) if request.rules.renormalize for row in rows]
-    if again:
+    if any(request.rules.renormalize for request in requests):
+        again = np.repeat([request.rules.renormalize for request in requests], np.diff(starts)).nonzero()[0].tolist()
         scores[again] = log_softmax_(scores[again], num_threads=num_threads)
     wanted = min(max(search.num_candidates for search in searches), scores.shape[1])
     logprobs, tokens = (best.cpu().numpy() for best in top_k(scores, wanted, num_threads=num_threads))
-    moves = _advance(searches, places, logprobs, tokens, scores)
+    moves = _advance(searches, starts, logprobs, tokens, scores)
     _follow([*zip(requests, searches, moves, strict=True)], cache)
 
 
-def _places(searches: list[AnySearch]) -> list[range]:
-    """The rows of each search's running beams."""
-    ends = itertools.accumulate((len(search.token_ids) for search in searches), initial=0)
-    return [range(start, end) for start, end in itertools.pairwise(ends)]
-
-
 def _advance(
-    searches: list[AnySearch], places: list[range], logprobs: Logprobs, tokens: Indices, scores: Tensor
+    searches: list[AnySearch], starts: Indices, logprobs: Logprobs, tokens: Indices, scores: Tensor
 ) -> list[Move]:  # fmt: skip
-    """Takes a step of every search, plain ones that are alike together."""
+    """Takes a step of every search, whose rows begin at its start; plain ones that are alike take it together."""
     moves: dict[int, Move] = {}
     alike: dict[tuple[object, ...], list[int]] = {}
     everything: Logprobs | None = None
@@ -99,19 +92,18 @@ def _advance(
         if type(search) is BeamSearch:
             alike.setdefault(search.likeness, []).append(i)
             continue
-        rows, count = slice(places[i].start, places[i].stop), search.num_candidates
+        own, count = slice(starts[i], starts[i + 1]), search.num_candidates
         if everything is None and isinstance(search, ConstrainedBeamSearch):
             everything = scores.cpu().numpy()
         try:
-            own = None if everything is None else everything[rows]
-            moves[i] = search.advance(logprobs[rows, :count], tokens[rows, :count], own)
+            table = None if everything is None else everything[own]
+            moves[i] = search.advance(logprobs[own, :count], tokens[own, :count], table)
         except NoContinuation as error:
             moves[i] = error
     for members in alike.values():
         group = [search for i in members if isinstance(search := searches[i], BeamSearch)]
-        table = np.array([places[i] for i in members])
-        best = logprobs[table, : group[0].num_candidates], tokens[table, : group[0].num_candidates]
-        moves |= zip(members, advance_together(group, *best), strict=True)
+        rows, count = starts[members, None] + np.arange(len(group[0].token_ids)), group[0].num_candidates
+        moves |= zip(members, advance_together(group, logprobs[rows, :count], tokens[rows, :count]), strict=True)
     return [moves[i] for i in range(len(searches))]
 
 
