@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.beam_params import BeamSearchParams
-from engine.beam_search import BeamSearch, Hypothesis, Logprobs, NoContinuation
+from engine.beam_search import BeamSearch, Hypothesis
+from engine.beam_step import Indices, Logprobs, NoContinuation, advance_together
 from engine.constrained_beams import ConstrainedBeamSearch
 from engine.diverse_beams import DiverseBeamSearch
 from engine.kv_cache import KVCache
 from engine.prompts import Prompt, PromptReader
-from engine.request import BeamSearchOutput, BeamSequence, Request
+from engine.request import BeamSearchOutput, BeamSequence, Request, Sequence
 from engine.sampling import SamplingParams
 from kernels.sampling import LogitEdits, edit_logits, log_softmax_, top_k
 from models.tokenizer import Tokenizer
+
+AnySearch = BeamSearch | DiverseBeamSearch
+Move = list[int] | NoContinuation  # the beam that each beam continues; or why none can
 
 
 def search_request(reader: PromptReader, request_id: str, prompt: Prompt, params: BeamSearchParams) -> Request:
@@ -64,46 +67,70 @@ def advance_searches(
 
     ``edits`` are what the beams' rules ask of their log-probabilities.
     """
-    beams = [sequence for request in requests for sequence in request.live]
+    searches = [_beams(request) for request in requests]
+    starts = np.cumsum([0, *(len(search.token_ids) for search in searches)])
     scores = log_softmax_(logits, num_threads=num_threads)
     if edits is not None:
         edit_logits(scores, edits, num_threads=num_threads)
-    again = [i for i, sequence in enumerate(beams) if sequence.request.rules.renormalize]
-    if again:
+    if any(request.rules.renormalize for request in requests):
+        again = np.repeat([request.rules.renormalize for request in requests], np.diff(starts)).nonzero()[0].tolist()
         scores[again] = log_softmax_(scores[again], num_threads=num_threads)
-    wanted = min(max(_beams(request).num_candidates for request in requests), scores.shape[1])
+    wanted = min(max(search.num_candidates for search in searches), scores.shape[1])
     logprobs, tokens = (best.cpu().numpy() for best in top_k(scores, wanted, num_threads=num_threads))
-    everything = any(isinstance(_beams(request), ConstrainedBeamSearch) for request in requests)
-    start, table = 0, scores.cpu().numpy() if everything else None
-    for request in requests:
-        end, count = start + len(request.live), _beams(request).num_candidates
-        own = None if table is None else table[start:end]
-        _advance(request, logprobs[start:end, :count], tokens[start:end, :count], own, cache)
-        start = end
+    moves = _advance(searches, starts, logprobs, tokens, scores)
+    _follow([*zip(requests, searches, moves, strict=True)], cache)
 
 
 def _advance(
-    request: Request, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs | None, cache: KVCache
-) -> None:  # fmt: skip
-    beams = _beams(request)
-    cached = beams.length
-    try:
-        parents = beams.advance(logprobs, tokens, scores)
-    except NoContinuation as error:
-        for sequence in request.sequences:
-            sequence.finish("error", error=str(error))
-            sequence.broken = error.not_finite
-        return
-    request.forked = True
-    if beams.done:
-        for sequence in request.sequences:
-            sequence.finish("stop")
-        return
-    rows = [sequence.row for sequence in request.sequences if sequence.row is not None]
+    searches: list[AnySearch], starts: Indices, logprobs: Logprobs, tokens: Indices, scores: Tensor
+) -> list[Move]:  # fmt: skip
+    """Takes a step of every search, whose rows begin at its start; plain ones that are alike take it together."""
+    moves: dict[int, Move] = {}
+    alike: dict[tuple[object, ...], list[int]] = {}
+    everything: Logprobs | None = None
+    for i, search in enumerate(searches):
+        if type(search) is BeamSearch:
+            alike.setdefault(search.likeness, []).append(i)
+            continue
+        own, count = slice(starts[i], starts[i + 1]), search.num_candidates
+        if everything is None and isinstance(search, ConstrainedBeamSearch):
+            everything = scores.cpu().numpy()
+        try:
+            table = None if everything is None else everything[own]
+            moves[i] = search.advance(logprobs[own, :count], tokens[own, :count], table)
+        except NoContinuation as error:
+            moves[i] = error
+    for members in alike.values():
+        group = [search for i in members if isinstance(search := searches[i], BeamSearch)]
+        rows, count = starts[members, None] + np.arange(len(group[0].token_ids)), group[0].num_candidates
+        moves |= zip(members, advance_together(group, logprobs[rows, :count], tokens[rows, :count]), strict=True)
+    return [moves[i] for i in range(len(searches))]
+
+
+def _follow(moved: list[tuple[Request, AnySearch, Move]], cache: KVCache) -> None:
+    """Takes requests and the cache where the searches went."""
+    sequences: list[Sequence] = []
+    parents: list[int] = []
+    for request, search, move in moved:
+        if isinstance(move, NoContinuation):
+            for sequence in request.sequences:
+                sequence.finish("error", error=str(move))
+                sequence.broken = move.not_finite
+            continue
+        request.forked = True
+        if search.done:
+            for sequence in request.sequences:
+                sequence.finish("stop")
+            continue
+        first, cached = len(sequences), search.length - 1
+        parents += [first + parent for parent in move]
+        sequences += request.sequences
+        for sequence, token_ids in zip(request.sequences, search.token_ids, strict=True):
+            sequence.token_ids, sequence.num_cached = token_ids, cached
+    rows = [sequence.row for sequence in sequences if sequence.row is not None]
     cache.reorder(rows, parents)
-    cache.tokens[[row.index for row in rows], cached] = [token_ids[-1] for token_ids in beams.token_ids]
-    for sequence, token_ids in zip(request.sequences, beams.token_ids, strict=True):
-        sequence.token_ids, sequence.num_cached = token_ids, cached
+    places = [row.index for row in rows], [sequence.num_cached for sequence in sequences]
+    cache.tokens[places] = [sequence.token_ids[-1] for sequence in sequences]
 
 
 def search_output(request: Request, tokenizer: Tokenizer | None) -> BeamSearchOutput:
@@ -128,6 +155,6 @@ def _sequence(request: Request, found: Hypothesis, tokenizer: Tokenizer | None) 
     )
 
 
-def _beams(request: Request) -> BeamSearch | DiverseBeamSearch:
+def _beams(request: Request) -> AnySearch:
     assert request.beams is not None
     return request.beams

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.beam_params import BeamSearchParams
-from engine.beam_search import BeamSearch, Candidates, Logprobs
+from engine.beam_search import BeamSearch
+from engine.beam_step import Candidates, Indices, Logprobs, failures, filled, go_on, sums_of
 
 Word = tuple[int, ...]
 
@@ -62,10 +62,17 @@ class ConstrainedBeamSearch(BeamSearch):
         self._after: list[Progress] = []  # of the step's candidates
         self._ends = set(self.eos_ids.tolist())
 
-    def _candidates(self, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs | None) -> Candidates:
-        """Every beam's best, not just the best of all, and what words need; but for ends that come too early."""
+    def advance(self, logprobs: Logprobs, tokens: Indices, scores: Logprobs | None = None) -> list[int]:
         assert scores is not None
-        super()._candidates(logprobs, tokens, scores)  # raises where there are none
+        if error := failures(logprobs[None], sums_of([self], logprobs[None])):
+            raise error[0]
+        best = self._candidates(tokens, scores)
+        self.keep_finished(best)
+        (parents,) = go_on([self], best.at(None), self._chosen(best.running)[None])
+        return parents
+
+    def _candidates(self, tokens: Indices, scores: Logprobs) -> Candidates:
+        """Every beam's best, not just the best of all, and what words need; but for ends that come too early."""
         entries: dict[tuple[int, int], float] = {}
         for parent, progress in enumerate(self._progress):
             for token in {*tokens[parent].tolist(), *progress.wanted()}:
@@ -81,15 +88,15 @@ class ConstrainedBeamSearch(BeamSearch):
             ended, ended | (self.length + 1 >= self.max_length),
         )  # fmt: skip
 
-    def _keep_finished(self, best: Candidates) -> None:
+    def keep_finished(self, best: Candidates) -> None:
         """Of those with all words as in any search; at the length limit also others, if there is nothing better."""
         whole = np.array([not progress.missing for progress in self._after], dtype=bool)
         if whole.any():
-            super()._keep_finished(best.where(whole))
+            super().keep_finished(best.at(whole))
         elif not self.finished:
-            super()._keep_finished(best)
+            super().keep_finished(best)
 
-    def _chosen(self, best: Candidates, running: Logprobs) -> NDArray[np.int64]:
+    def _chosen(self, running: Logprobs) -> Indices:
         """In turn the best of those that lack the fewest tokens, the next fewest, and so on; then by likelihood."""
         banks: dict[int, list[int]] = {}
         for i in np.argsort(-running, kind="stable").tolist():
@@ -97,5 +104,5 @@ class ConstrainedBeamSearch(BeamSearch):
         order = [banks[left] for left in sorted(banks)]
         turns = [bank[turn] for turn in range(len(running)) for bank in order if turn < len(bank)]
         chosen = np.array(sorted(turns[: self.params.beam_width], key=lambda i: -running[i]), dtype=np.int64)
-        self._progress = [self._after[i] for i in self._filled(chosen)]
+        self._progress = [self._after[i] for i in filled(chosen[None], self.params.beam_width)[0]]
         return chosen

@@ -9,10 +9,10 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.beam_params import BeamSearchParams
-from engine.beam_search import BeamSearch, Hypothesis, Logprobs, common_prefix
+from engine.beam_search import BeamSearch, Hypothesis, common_prefix
+from engine.beam_step import Indices, Logprobs
 
 
 class DiverseBeamSearch:
@@ -39,9 +39,7 @@ class DiverseBeamSearch:
     def done(self) -> bool:
         return all(group.done for group in self.groups)
 
-    def advance(
-        self, logprobs: Logprobs, tokens: NDArray[np.int64], scores: Logprobs | None = None
-    ) -> list[int]:  # fmt: skip
+    def advance(self, logprobs: Logprobs, tokens: Indices, scores: Logprobs | None = None) -> list[int]:
         parents: list[int] = []
         chosen: Counter[int] = Counter()
         first = len(logprobs) == 1  # the prompt's row stands for all
@@ -58,8 +56,8 @@ class DiverseBeamSearch:
         return parents
 
     def _put_off(
-        self, logprobs: Logprobs, tokens: NDArray[np.int64], chosen: Counter[int], count: int
-    ) -> tuple[Logprobs, NDArray[np.int64]]:
+        self, logprobs: Logprobs, tokens: Indices, chosen: Counter[int], count: int
+    ) -> tuple[Logprobs, Indices]:
         """The best ``count`` of each beam once the chosen tokens are penalised."""
         if not chosen:
             return logprobs[:, :count], tokens[:, :count]

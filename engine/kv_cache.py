@@ -217,19 +217,51 @@ class KVCache:
         row.num_known = max(row.num_known, end // size)
 
     def reorder(self, rows: SequenceOf[Row], parents: SequenceOf[int]) -> None:
-        """Makes row i hold what row ``parents[i]`` holds, tokens included."""
+        """Makes row i hold what row ``parents[i]`` holds, tokens included. These may be rows of many requests.
+
+        What has one row to go to moves there as it is; only what goes to several has more holders than before.
+        """
         if all(i == parent for i, parent in enumerate(parents)):
             return
-        index = np.array([row.index for row in rows])
-        length = max(len(row.blocks) for row in rows) * self.block_size  # the table may be far wider
-        self.tokens[index, :length] = self.tokens[index[parents], :length]
-        held = [(list(rows[parent].blocks), rows[parent].num_known, rows[parent].tip) for parent in parents]
-        for blocks, _, _ in held:
-            self.pool.hold(blocks)
+        held: list[tuple[list[int], int, Known | None]] = []
+        copied: list[Row] = []  # parents, for each child but the first
+        moved: set[int] = set()
+        for parent in parents:
+            row = rows[parent]
+            if parent in moved:
+                copied.append(row)
+            held.append((row.blocks.copy() if parent in moved else row.blocks, row.num_known, row.tip))
+            moved.add(parent)
+        # As many have no child; what they hold is lost.
+        self._hold_instead([row for i, row in enumerate(rows) if i not in moved], copied)
+        self._copy_tables(rows, parents)
         for row, (blocks, num_known, tip) in zip(rows, held, strict=True):
-            self._drop(row.blocks[::-1])
             row.blocks, row.num_known, row.tip = blocks, num_known, tip
-            self.tables[row.index, : len(blocks)] = blocks
+
+    def _hold_instead(self, lost: list[Row], copied: list[Row]) -> None:
+        """Drops what the lost rows hold and holds what the copied ones do, once more each.
+
+        What one of each holds in the same place, as beams do their common beginning, is left alone.
+        """
+        width = max((len(row.blocks) for row in (*lost, *copied)), default=0)
+        old, has_old = self._blocks_of(lost, width)
+        new, has_new = self._blocks_of(copied, width)
+        differs = (old != new) | (has_old != has_new)
+        self.pool.hold(new[has_new & differs].tolist())
+        self._drop(old[:, ::-1][(has_old & differs)[:, ::-1]].tolist())
+
+    def _blocks_of(self, rows: list[Row], width: int) -> tuple[Table, NDArray[np.bool_]]:
+        """The table of some rows, and which places of it are filled."""
+        filled = np.array([len(row.blocks) for row in rows])[:, None] > np.arange(width)
+        return self.tables[[row.index for row in rows], :width], filled
+
+    def _copy_tables(self, rows: SequenceOf[Row], parents: SequenceOf[int]) -> None:
+        targets = np.array([row.index for row in rows])
+        sources = targets[parents]
+        targets, sources = targets[(moves := targets != sources)], sources[moves]
+        width = max(len(row.blocks) for row in rows)  # the tables may be far wider
+        self.tables[targets, :width] = self.tables[sources, :width]
+        self.tokens[targets, : width * self.block_size] = self.tokens[sources, : width * self.block_size]
 
     def discard(self, row: Row) -> None:
         """Takes what a row and its source hold for worthless, as when values are not finite: nobody will find it.

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from engine.beam_params import BeamSearchParams
-from engine.beam_search import BeamSearch, NoContinuation
+from engine.beam_search import BeamSearch
+from engine.beam_step import NoContinuation
 from engine.kv_cache import Row
 from engine.logits_rules import GenerationRules, RuleColumns
 from engine.request import Request, Sequence
