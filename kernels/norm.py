@@ -37,13 +37,15 @@ def rms_norm(
         x: (..., width), any floating dtype. weight: (width,).
         residual: x's shape; then x + residual is what is normed, and is returned as well, in the dtype that torch
             gives the sum: (norm, sum), both with gradients.
-        other: x's shape and dtype, beside a residual: x + other, rounded as torch does, in place of x.
+        other: x's shape, beside a residual: x + other, rounded as torch does, in place of x. In the same pass where
+            their dtypes are the same.
         backend: ``triton`` (half precision and float32 on a GPU, gradients once), ``torch`` or ``reference``;
             chosen by ``kernels.backend`` unless given.
 
     Raises ValueError for a backend that is missing, and when shapes or dtypes do not fit.
     """
     _check("rms_norm", x, weight, None, residual, other)
+    x, other = _one_dtype(x, other)
     name = choose("rms_norm", _available(x, weight, None, residual), backend, has=BACKENDS)
     if name == "triton":
         return gpu_norm.Norm.apply(x, residual, weight, None, eps, False, other)
@@ -85,6 +87,7 @@ def layer_norm(
     with float32 weight, and returns bfloat16.
     """
     _check("layer_norm", x, weight, bias, residual, other)
+    x, other = _one_dtype(x, other)
     name = choose("layer_norm", _available(x, weight, bias, residual), backend, has=BACKENDS)
     if name == "triton":
         return gpu_norm.Norm.apply(x, residual, weight, bias, eps, True, other)
@@ -93,6 +96,10 @@ def layer_norm(
         return norm(x, weight, bias, eps)
     total = _sum(x, other) + residual
     return norm(total, weight, bias, eps), total
+
+
+def _one_dtype(x: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return (x, other) if other is None or other.dtype == x.dtype else (x + other, None)
 
 
 def _sum(x: Tensor, other: Tensor | None) -> Tensor:
@@ -112,8 +119,8 @@ def _check(
         raise ValueError(f"the parameters of a norm over {tuple(x.shape)} must be ({x.shape[-1]},), got {given}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if other is not None and (residual is None or other.shape != x.shape or other.dtype != x.dtype):
-        raise ValueError(f"other must have x's shape {tuple(x.shape)} and dtype {x.dtype}, and goes with a residual")
+    if other is not None and (residual is None or other.shape != x.shape):
+        raise ValueError(f"other must have x's shape {tuple(x.shape)} and goes with a residual")
 
 
 def _available(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[str, ...]:

@@ -97,7 +97,9 @@ def test_a_third_term_is_one_addition_more(width: int, dtypes: tuple[torch.dtype
 
 def test_a_third_term_goes_with_a_residual() -> None:
     x, weight = case("rms", (5, 24))
-    for other in (x, x[:3], x.half()):
+    _, total = rms_norm(x, weight, EPS, residual=x, other=x.half())
+    assert torch.equal(total, x + x.half() + x)
+    for other in (x, x[:3]):
         with pytest.raises(ValueError, match="other must have x's shape"):
             layer_norm(x, weight, None, EPS, residual=None if other is x else x, other=other)  # type: ignore[call-overload]
 
