@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,17 +44,21 @@ class RMSNorm(nn.RMSNorm):
 
     eps: float
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """The norm of x; given a residual, that of x + residual, and that sum."""
-        return rms_norm(x, self.weight, self.eps, residual=residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, other: Tensor | None = None) -> Any:
+        """The norm of x; given a residual, that of x + residual or of (x + other) + residual, and that sum."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, residual=residual, other=other)
 
 
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm over our kernel."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """The norm of x; given a residual, that of x + residual, and that sum."""
-        return layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, other: Tensor | None = None) -> Any:
+        """The norm of x; given a residual, that of x + residual or of (x + other) + residual, and that sum."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, residual=residual, other=other)
 
 
 def make_norm(config: TransformerConfig) -> RMSNorm | LayerNorm:
@@ -60,9 +66,14 @@ def make_norm(config: TransformerConfig) -> RMSNorm | LayerNorm:
     return kind(config.dim, eps=config.norm_eps)
 
 
-def add_and_norm(norm: nn.Module, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The norm of x + update in one call, and that sum; of x itself where nothing is to be added."""
-    return (norm(x), x) if update is None else norm(update, x)
+def add_and_norm(norm: nn.Module, x: Tensor, updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The norm of x and its updates, none to two, added up in the same call, and that sum."""
+    return norm(updates[0], x, *updates[1:]) if updates else (norm(x), x)
+
+
+def add(x: Tensor, updates: Sequence[Tensor]) -> Tensor:
+    """That sum alone."""
+    return functools.reduce(operator.add, updates) + x if updates else x
 
 
 class FeedForward(nn.Module):
@@ -218,18 +229,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        update: Tensor | None = None,
-        *,
+        *updates: Tensor,
         positional: Positional,
         lengths: Lengths,
         encoder_output: Tensor | None = None,
         source_lengths: Lengths | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The hidden states x + update, and those it makes of them, both as their terms: whose norm is next adds them.
-
-        None is nothing to add.
-        """
+    ) -> tuple[Tensor, ...]:
+        """Hidden states come and go as the terms of their sum, (..., dim) each: whose norm is next adds them up."""
 
         def attend(y: Tensor) -> Tensor:
             return self.attention(y, positional=positional, lengths=lengths, cache=cache)
@@ -240,13 +247,13 @@ class Block(nn.Module):
             return self.cross_attention(y, encoder_output=encoder_output, lengths=around, cache=cache)
 
         if self.parallel:
-            return self._parallel_branches(x, update, attend)
+            return self._parallel_branches(x, updates, attend)
         branches: list[tuple[str, Branch]] = [("attention", attend), ("ffn", self.ffn)]
         if self.cross_attention is not None:
             branches.insert(1, ("cross_attention", attend_to_source))
         if self.place == "post":
-            return self._norm_after(x if update is None else x + update, branches), None
-        return self._norm_before(x, update, branches)
+            return (self._norm_after(add(x, updates), branches),)
+        return self._norm_before(x, updates, branches)
 
     def _norm_after(self, x: Tensor, branches: list[tuple[str, Branch]]) -> Tensor:
         for name, branch in branches:
@@ -254,20 +261,20 @@ class Block(nn.Module):
         return x
 
     def _norm_before(
-        self, x: Tensor, update: Tensor | None, branches: list[tuple[str, Branch]]
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, updates: tuple[Tensor, ...], branches: list[tuple[str, Branch]]
+    ) -> tuple[Tensor, ...]:
         for name, branch in branches:
-            normed, x = add_and_norm(getattr(self, f"{name}_norm"), x, update)
+            normed, x = add_and_norm(getattr(self, f"{name}_norm"), x, updates)
             y = branch(normed)
             if self.place == "sandwich":
                 y = getattr(self, f"{name}_post_norm")(y)
-            update = self.dropout(y)
-        return x, update
+            updates = (self.dropout(y),)
+        return x, *updates
 
-    def _parallel_branches(self, x: Tensor, update: Tensor | None, attend: Branch) -> tuple[Tensor, Tensor]:
-        y, x = add_and_norm(self.attention_norm, x, update)
+    def _parallel_branches(self, x: Tensor, updates: tuple[Tensor, ...], attend: Branch) -> tuple[Tensor, ...]:
+        y, x = add_and_norm(self.attention_norm, x, updates)
         z = y if self.ffn_norm is None else self.ffn_norm(x)
-        return x, self.dropout(attend(y)) + self.dropout(self.ffn(z))
+        return x, self.dropout(attend(y)), self.dropout(self.ffn(z))
 
 
 def initialize(module: nn.Module, config: TransformerConfig) -> None:

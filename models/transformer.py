@@ -14,7 +14,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy, prefers_chunks
 from models.cache import Cache, Lengths
 from models.config import TransformerConfig
 from models.generation import GenerationConfig
-from models.layers import Block, Linear, add_and_norm, initialize, make_norm
+from models.layers import Block, Linear, add, add_and_norm, initialize, make_norm
 from models.positions import Constant, Embedding, Positional, RelativePositions, Rotary, alibi_slopes
 
 
@@ -66,13 +66,13 @@ class Stack(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         positional = self._positional(positions)
-        update: Tensor | None = None
+        updates: list[Tensor] = []
         for block in self.blocks:
-            x, update = self._run(
-                block, x, update, positional=positional, lengths=lengths or Lengths(), encoder_output=encoder_output,
+            x, *updates = self._run(
+                block, x, updates, positional=positional, lengths=lengths or Lengths(), encoder_output=encoder_output,
                 source_lengths=source_lengths, cache=cache,
             )  # fmt: skip
-        return add_and_norm(self.norm, x, update)[0]
+        return add_and_norm(self.norm, x, updates)[0]
 
     def _positional(self, positions: Tensor) -> Positional:
         return Positional(
@@ -81,12 +81,11 @@ class Stack(nn.Module):
             alibi_slopes=None if self.alibi is None else self.alibi.values,
         )
 
-    def _run(self, block: nn.Module, x: Tensor, update: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def _run(self, block: nn.Module, x: Tensor, updates: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
         if self.activation_checkpointing and self.training:
-            # What a block is given is kept for the backward pass: a sum takes half of what its terms would.
-            x = x if update is None else x + update
-            return checkpoint(block, x, use_reentrant=False, **options)
-        return block(x, update, **options)
+            # What a block is given is kept for the backward pass: a sum takes less than its terms.
+            return checkpoint(block, add(x, updates), use_reentrant=False, **options)
+        return block(x, *updates, **options)
 
 
 class Transformer(nn.Module):

@@ -28,9 +28,11 @@ def _store(x_ptr, at, value, mask):
 
 
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, total_ptr, at, mask):
-    """x, or x + residual as it is kept, rounded."""
+def _load_sum(x_ptr, other_ptr, residual_ptr, total_ptr, at, mask):
+    """x, or x + residual as it is kept, rounded; x + other in place of x, rounded too."""
     x = _load(x_ptr, at, mask)
+    if other_ptr is not None:
+        x = (x + _load(other_ptr, at, mask)).to(x_ptr.dtype.element_ty).to(tl.float32)
     if residual_ptr is not None:
         x = (x + _load(residual_ptr, at, mask)).to(total_ptr.dtype.element_ty).to(tl.float32)
     return x
@@ -56,7 +58,7 @@ def _scale_and_store(normal, weight, bias, out_ptr, at, mask, BIAS: tl.constexpr
 
 @triton.jit
 def _forward(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, statistics_ptr, rows, width, eps,
+    x_ptr, other_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, statistics_ptr, rows, width, eps,
     CENTER: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -66,7 +68,7 @@ def _forward(
     if EARLY:
         weight, bias = _load_parameters(weight_ptr, bias_ptr, column, width)
         tl.debug_barrier()  # or ptxas would ask for them when the row is there
-    x = _load_sum(x_ptr, residual_ptr, total_ptr, at, mask)
+    x = _load_sum(x_ptr, other_ptr, residual_ptr, total_ptr, at, mask)
     if residual_ptr is not None:
         _store(total_ptr, at, x, mask)
     if CENTER:
@@ -82,7 +84,7 @@ def _forward(
 
 @triton.jit
 def _forward_wide(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, statistics_ptr, rows, width, eps,
+    x_ptr, other_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, statistics_ptr, rows, width, eps,
     CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -92,7 +94,7 @@ def _forward_wide(
         column = start + tl.arange(0, BLOCK)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         at = row[:, None] * width + column[None, :]
-        x = _load_sum(x_ptr, residual_ptr, total_ptr, at, mask)
+        x = _load_sum(x_ptr, other_ptr, residual_ptr, total_ptr, at, mask)
         if residual_ptr is not None:
             _store(total_ptr, at, x, mask)
         if CENTER:
@@ -113,7 +115,7 @@ def _forward_wide(
         column = start + tl.arange(0, BLOCK)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         at = row[:, None] * width + column[None, :]
-        x = _load_sum(x_ptr, residual_ptr, total_ptr, at, mask)
+        x = _load_sum(x_ptr, other_ptr, residual_ptr, total_ptr, at, mask)
         if CENTER:
             x -= mean[:, None]
         weight, bias = _load_parameters(weight_ptr, bias_ptr, column, width)
@@ -275,11 +277,12 @@ def backward_tiling(width: int, mixed: bool) -> Tiling:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm of x or of x + residual, that sum (empty without a residual), and float32 statistics (1 or 2, rows):
-    1 / deviation, and with ``center`` the mean."""
-    out, total, statistics = _forward_shapes(x, residual, weight, bias, eps, center)
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The norm of x, of x + residual or of (x + other) + residual, that sum (empty without a residual), and float32
+    statistics (1 or 2, rows): 1 / deviation, and with ``center`` the mean."""
+    out, total, statistics = _forward_shapes(x, residual, weight, bias, eps, center, other)
     rows, width = statistics.shape[1], x.shape[-1]
     if x.numel():
         tiling = forward_tiling(width)
@@ -289,7 +292,8 @@ def forward(
         early = {"EARLY": programs <= 2 * multiprocessors()} if tiling.whole else {}
         kernel = _forward if tiling.whole else _forward_wide
         kernel[(programs,)](
-            x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous(),
+            x.contiguous(), None if other is None else other.contiguous(),
+            None if residual is None else residual.contiguous(), weight.contiguous(),
             None if bias is None else bias.contiguous(), out, None if residual is None else total, statistics,
             rows, width, eps, CENTER=center, ROWS=tiling.rows, BLOCK=tiling.block, **early, **tiling.options(),
         )  # fmt: skip
@@ -297,8 +301,9 @@ def forward(
 
 
 def _forward_shapes(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool,
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     total = torch.empty((0,) if residual is None else x.shape, dtype=wide, device=x.device)
@@ -349,7 +354,7 @@ def _backward_shapes(
 
 
 FORWARD = operator(
-    "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool center)"
+    "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool center, Tensor? other=None)"
     " -> (Tensor out, Tensor total, Tensor statistics)",
     forward,
     _forward_shapes,
@@ -367,11 +372,12 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool
-    ) -> Any:
-        out, total, statistics = FORWARD(x, residual, weight, bias, eps, center)
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool,
+        other: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        out, total, statistics = FORWARD(x, residual, weight, bias, eps, center, other)
         ctx.save_for_backward(x if residual is None else total, weight, statistics)
-        ctx.bias = bias is not None
+        ctx.bias, ctx.other = bias is not None, other is not None
         ctx.set_materialize_grads(False)  # a sum that goes nowhere costs nothing
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         return out if residual is None else (out, total)
@@ -389,4 +395,5 @@ class Norm(torch.autograd.Function):
         of_x, of_residual = (
             None if dtype is None else grad_x if dtype == x.dtype else grad_narrow for dtype in ctx.dtypes
         )
-        return of_x, of_residual, grad_weight, grad_bias if ctx.bias else None, None, None
+        of_other = of_x if ctx.other else None
+        return of_x, of_residual, grad_weight, grad_bias if ctx.bias else None, None, None, of_other

@@ -77,6 +77,34 @@ def test_mixed_dtypes_leave_in_the_weights(width: int, dtypes: tuple[torch.dtype
 
 
 @needs_triton
+@pytest.mark.parametrize("dtypes", [(dtype,) * 3 for dtype in DTYPES] + MIXED, ids=str)
+@pytest.mark.parametrize("width", [24, 300])
+def test_a_third_term_is_one_addition_more(width: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    x, weight, residual = case("rms", (37, width), residual=True, dtypes=dtypes)
+    other = randn(37, width, dtype=dtypes[0], seed=4)
+    for name in ("triton", "torch", "reference"):
+
+        def fused(x: Tensor, weight: Tensor, residual: Tensor, other: Tensor, name: str = name) -> Any:
+            return rms_norm(x, weight, EPS, residual=residual, other=other, backend=name)
+
+        def apart(x: Tensor, weight: Tensor, residual: Tensor, other: Tensor, name: str = name) -> Any:
+            return rms_norm(x + other, weight, EPS, residual=residual, backend=name)
+
+        inputs = [x, weight, residual, other]
+        results = [outputs_and_gradients(f, inputs) for f in (fused, apart)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_third_term_goes_with_a_residual() -> None:
+    x, weight = case("rms", (5, 24))
+    _, total = rms_norm(x, weight, EPS, residual=x, other=x.half())
+    assert torch.equal(total, x + x.half() + x)
+    for other in (x, x[:3]):
+        with pytest.raises(ValueError, match="other must have x's shape"):
+            layer_norm(x, weight, None, EPS, residual=None if other is x else x, other=other)  # type: ignore[call-overload]
+
+
+@needs_triton
 @pytest.mark.parametrize("width", [40, 600])
 def test_a_mean_far_from_zero_costs_the_variance_nothing(width: int) -> None:
     x, weight, bias = case("layer", (9, width))
@@ -174,6 +202,7 @@ def test_torchs_own_checks_of_an_operator() -> None:
     forward, backward = torch.ops.tandem.norm.default, torch.ops.tandem.norm_backward.default
     for given in ((residual, weight, bias, EPS, True), (None, weight, None, EPS, False)):
         torch.library.opcheck(forward, (x, *given))
+        torch.library.opcheck(forward, (x, *given, x if given[0] is not None else None))
         _, total, statistics = forward(x, *given)
         kept, narrow = (total, torch.float16) if given[0] is not None else (x, None)
         for grad_total in (None, residual):

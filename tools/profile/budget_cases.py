@@ -119,12 +119,15 @@ def cache_append(cache: torch.dtype, rotated: int = 0, interleaved: bool = False
 
 
 def norm(
-    width: int, rows: int = 1024, *, center: bool = False, residual: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> None:
+    width: int, rows: int = 1024, *, center: bool = False, residual: bool = False, other: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
     from kernels.gpu.norm import backward, forward
 
     x, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(width, dtype=dtype)
-    out, total, statistics = forward(x, x if residual else None, weight, weight if center else None, 1e-6, center)
+    out, total, statistics = forward(
+        x, x if residual else None, weight, weight if center else None, 1e-6, center, x if other else None
+    )
     normed, grad_total = (total, out) if residual else (x, None)
     backward(out, grad_total, normed, weight, statistics, center, None)
 
@@ -295,6 +298,8 @@ CASES: dict[str, Callable[[], None]] = {
     "norm/layer-8192": partial(norm, 8192, center=True),
     "norm/rms-2048-residual-few": partial(norm, 2048, 32, residual=True),
     "norm/layer-2048-few": partial(norm, 2048, 32, center=True),
+    "norm/layer-2048-other": partial(norm, 2048, center=True, residual=True, other=True),
+    "norm/layer-2048-other-few": partial(norm, 2048, 1, center=True, residual=True, other=True),
     "rotary/halves": partial(rotary, False),
     "rotary/interleaved": partial(rotary, True),
     "rotary/partial": partial(rotary, False, rotated=32),
