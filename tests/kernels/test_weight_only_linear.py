@@ -153,28 +153,31 @@ def test_gated_layers(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_triton
 @EACH_KIND
-def test_sums_that_several_programs_share_have_the_same_bits_each_time(kind: str) -> None:
+def test_sums_that_several_programs_share_have_the_same_bits_each_time(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from kernels.gpu import weight_only_linear as gpu
 
-    weight, x = pack(kind, 48, 2048, torch.bfloat16), numbers(4, 2048).to(DEVICE, torch.bfloat16)
-    config = gpu.config_of(weight, 4, gated=False)
-    tiles = -(-2048 // config.block_k)
-    assert gpu.splits_of(1, tiles, 64, gpu.multiprocessors()) > 1
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 132)
+    weight, x = pack(kind, 48, 4096, torch.bfloat16), numbers(4, 4096).to(DEVICE, torch.bfloat16)
+    config = gpu.choose(weight.kind, 4, gated=False)
+    assert gpu.splits_of(2, 4096 // config.inputs, 64, 132, config.warps, config.resident) > 1
     first = assert_as_exact_as_torch(x, weight)
     for _ in range(3):
         assert torch.equal(weight_only_linear(x, weight, backend="triton"), first)
     assert not weight.counters.any()
 
 
-@pytest.mark.parametrize(("blocks", "tiles"), [(1, 1), (64, 16), (64, 32), (172, 43), (786, 6), (4000, 8)])
+@pytest.mark.parametrize(("blocks", "tiles"), [(1, 1), (32, 16), (64, 16), (172, 43), (786, 6), (4000, 8)])
 def test_a_split_fills_the_gpu_and_leaves_each_program_two_tiles(blocks: int, tiles: int) -> None:
     pytest.importorskip("triton")
-    from kernels.gpu.weight_only_linear import RESIDENT, splits_of
+    from kernels.gpu.weight_only_configs import splits_of
 
-    splits = splits_of(blocks, tiles, 64, 132)
-    assert splits == 1 or (blocks * splits <= RESIDENT * 132 and tiles >= 2 * splits)
-    if blocks == 64:
-        assert splits >= 5
+    splits = splits_of(blocks, tiles, 64, 132, warps=8, resident=3)
+    assert splits == 1 or (blocks * splits <= 3 * 132 and tiles >= 2 * splits)
+    assert splits == {32: 4, 64: 2}.get(blocks, splits)
+    assert splits_of(128, 8, 64, 132, warps=8, resident=3) == 1  # as full as it gets
+    assert splits_of(128, 8, 64, 132, warps=4, resident=3) == 2  # too few warps to keep it reading
 
 
 @needs_triton
