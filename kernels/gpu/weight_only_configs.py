@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kernels.gpu.attention_configs import FALLBACK
-from kernels.gpu.target import architecture
+from kernels.gpu.target import architecture, multiprocessors
 
 TABLE = Path(__file__).with_suffix(".json")
 KINDS = ("int8", "int4", "int4-minimums", "fp8", "half", "float32")  # the last whatever the weight
@@ -34,6 +34,7 @@ class Config:
     deep: bool  # the warps share out the inputs and add up their sums, else the outputs
     resident: int  # programs a multiprocessor holds at once, as far as sharing out inputs goes
     ahead: int = 0  # inputs to ask for before the kernel before has ended; 0 starts after it
+    narrow: bool = False  # half the outputs a warp where programs would be fewer than three for two multiprocessors
 
     @property
     def outputs(self) -> int:
@@ -81,8 +82,11 @@ def instead_of(table: list[Entry]) -> Iterator[None]:
 
 
 @functools.cache
-def choose(kind: str, rows: int, gated: bool) -> Config:
-    """The config of the narrowest entry that fits. Two sums a result, of gates and factors, take half the outputs."""
+def choose(kind: str, rows: int, gated: bool, width: int | None = None) -> Config:
+    """The config of the narrowest entry that fits; of a layer with ``width`` results where they are given.
+
+    Two sums a result, of gates and factors, take half the outputs.
+    """
     arch, known = architecture(), _known()
     arch = "sm90" if arch == "interpreter" else arch
     while not (fitting := [e for e in known if (e.architecture, e.kind) == (arch, kind) and rows <= e.rows]):
@@ -90,7 +94,9 @@ def choose(kind: str, rows: int, gated: bool) -> Config:
             raise ValueError(f"{TABLE.name} has no entry for weights in {kind}")
         arch = FALLBACK.get(arch, "sm80")
     config = min(fitting, key=lambda entry: entry.rows).config
-    return replace(config, block_n=max(16, config.block_n >> gated))
+    few = width is not None and 2 * -(-width // config.outputs) < 3 * multiprocessors()
+    halvings = max(gated, config.narrow and few)
+    return replace(config, block_n=max(16, config.block_n >> halvings))
 
 
 @functools.cache

@@ -341,7 +341,7 @@ def linear(
     out = torch.empty((rows, width), dtype=dtype, device=x.device)
     if not out.numel():
         return out
-    config = choose(weight.kind, rows, gated)
+    config = choose(weight.kind, rows, gated, width)
     blocks_m, blocks_n = triton.cdiv(rows, config.block_m), triton.cdiv(width, config.outputs)
     # Sums that are written and read again may be half as many bytes as the weight.
     most = max(1, weight.in_features * weight.bits // (8 * 16 * rows))

@@ -65,6 +65,18 @@ def test_a_table_is_saved_as_it_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "table.json").read_text() == configs.TABLE.read_text()
 
 
+def test_layers_of_few_outputs_take_narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    on("sm90", monkeypatch)
+    monkeypatch.setattr(configs, "multiprocessors", lambda: 132)
+    own = replace(configs.choose("int8", 8, False), block_n=32, deep=True, narrow=True)
+    with configs.instead_of([configs.Entry("sm90", "int8", 64, own)]):
+        assert configs.choose("int8", 8, False, 4096).block_n == 16  # 128 programs
+        assert configs.choose("int8", 8, False, 11008).block_n == 32  # 344
+        assert configs.choose("int8", 8, True, 4096).block_n == 16
+    with configs.instead_of([configs.Entry("sm90", "int8", 64, replace(own, narrow=False))]):
+        assert configs.choose("int8", 8, False, 4096).block_n == 32
+
+
 def test_another_table_holds_inside_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     on("sm90", monkeypatch)
     before = configs.choose("int8", 8, False)

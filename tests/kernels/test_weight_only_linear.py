@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_sums_that_several_programs_share_have_the_same_bits_each_time(
 
     monkeypatch.setattr(gpu, "multiprocessors", lambda: 132)
     weight, x = pack(kind, 48, 4096, torch.bfloat16), numbers(4, 4096).to(DEVICE, torch.bfloat16)
-    config = gpu.choose(weight.kind, 4, gated=False)
+    config = gpu.choose(weight.kind, 4, False, 48)
     assert gpu.splits_of(2, 4096 // config.inputs, 64, 132, config.warps, config.resident) > 1
     first = assert_as_exact_as_torch(x, weight)
     for _ in range(3):
@@ -210,7 +211,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("a residual is", {"residual": x}),
     ):
         with pytest.raises(ValueError, match=message):
-            weight_only_linear(x, weight, **change)  # type: ignore[arg-type]
+            weight_only_linear(x, weight, **change)
     for other in (x[:, :95], x.bfloat16()):
         with pytest.raises(ValueError, match=r"multiplies torch\.float32 rows of 96"):
             weight_only_linear(other, weight)
@@ -249,3 +250,29 @@ def test_large_layers_alone_and_in_a_cuda_graph(kind: str, inputs: int) -> None:
             replayed.fill_(torch.nan)
             graph.replay()
             assert torch.equal(replayed, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["int8", "int4", "float"])
+def test_a_layer_that_starts_early_waits_for_its_rows(kind: str) -> None:
+    """Layers that read each other's results, in a graph, against one at a time."""
+    layers = [pack(kind, 4096, 4096, torch.bfloat16) for _ in range(8)]
+    x = numbers(8, 4096).to(DEVICE, torch.bfloat16)
+
+    def chain(after_each: Callable[[], object]) -> Tensor:
+        y = x
+        for layer in layers:
+            y = weight_only_linear(y, layer)
+            after_each()
+        return y
+
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = chain(lambda: None)
+    for _ in range(20):
+        replayed.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(replayed, expected)
+        assert torch.equal(chain(lambda: None), expected)

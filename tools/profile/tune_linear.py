@@ -95,6 +95,8 @@ def shown(config: Config) -> str:
     return (
         f"{config.block_m}x{config.block_n}x{config.block_k}, {config.warps} warps "
         f"{'deep' if config.deep else 'wide'}, {config.stages} stages, {config.resident} resident, {config.ahead} ahead"
+        + ", narrow"
+        * config.narrow
     )
 
 
@@ -111,6 +113,8 @@ def candidates(entry: Entry) -> list[Config]:
         Config(entry.rows, n, k, warps, stages, is_deep, resident, own.ahead)
         for n, k, warps, stages, resident, is_deep in tiles
     ]
+    if entry.rows <= FEW_ROWS:
+        first += [replace(config, narrow=not config.narrow) for config in (own, first[0])]
     if entry.architecture == "sm80":
         return list(dict.fromkeys([own, *first]))
     others = [replace(config, ahead=ahead) for config in (own, first[1]) for ahead in (0, 4 * (own.ahead or 256))]
@@ -161,9 +165,10 @@ def compile_all(
 
 def _compile(trial: tuple[Entry, Config], multiprocessors: int) -> str:
     """In a worker. Returns why it cannot be, or nothing."""
+    from kernels.gpu import weight_only_configs as configs
     from kernels.gpu import weight_only_linear as gpu
 
-    gpu.multiprocessors = lambda: multiprocessors  # type: ignore[assignment]
+    gpu.multiprocessors = configs.multiprocessors = lambda: multiprocessors  # type: ignore[assignment]
     entry, config = trial
     with using([entry], config), launches(compile_only=True):
         for size in SIZES:
