@@ -101,20 +101,6 @@ class DeviceWeight:
         return self.values.dtype == FLOAT8
 
     @property
-    def kind(self) -> str:
-        """What its kernel's configurations are called by: int8, int4, int4-minimums, fp8, half or, of rows, float32."""
-        if self.dtype == torch.float32:
-            return "float32"
-        if self.bits == 4:
-            return "int4" if self.minimums is None else "int4-minimums"
-        return "half" if self.scales is None else "fp8" if self.is_float8 else "int8"
-
-    @property
-    def pitch(self) -> int:
-        """Values from one row to the next; in four bits the blocks of a row."""
-        return self.values.shape[0 if self.bits == 4 else 1]
-
-    @property
     def nbytes(self) -> int:
         """Of what is read for a product."""
         return sum(0 if tensor is None else tensor.nbytes for tensor in (self.values, self.scales, self.minimums))

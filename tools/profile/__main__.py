@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from kernels.backend import check_process_choice
-from tools.profile import budget_check, compare, plot, tune, tune_linear
+from tools.profile import budget_check, compare, plot, tune
 from tools.profile.ceilings import DTYPES
 from tools.profile.options import MODES, PRECISIONS, Options, known, listed, number, numbers
 
@@ -50,8 +50,6 @@ def main(arguments: list[str]) -> int:
         return budget(parsed)
     if parsed.tune:
         return tuning(parsed)
-    if parsed.table:
-        raise ValueError("--table belongs to --tune")
     if parsed.operation is None:
         raise ValueError(f"say what to measure: one of {', '.join(OPERATIONS)}")
     operation = load(parsed.operation, parsed.workload)
@@ -80,19 +78,13 @@ def budget(parsed: argparse.Namespace) -> int:
 
 
 def tuning(parsed: argparse.Namespace) -> int:
-    if parsed.operation not in ("attention", "linear"):
-        raise ValueError("--tune is for attention and linear, whose kernels choose from a table")
+    if parsed.operation != "attention":
+        raise ValueError("--tune is for attention, whose kernels choose from a table")
     given = [name for name in (*SOME, "against", "threads") if getattr(parsed, name)]
     if given:
         raise ValueError(f"--tune takes no --{given[0].replace('_', '-')}")
     writable("--json", parsed.json)
-    writable("--table", parsed.table)
-    if parsed.operation == "linear":
-        if parsed.seconds is not None:
-            raise ValueError("--tune of linear takes no --seconds")
-        report = tune_linear.run(listed(parsed.shape), parsed.json, parsed.table)
-    else:
-        report = tune.run(listed(parsed.shape), seconds(parsed), parsed.json, parsed.table)
+    report = tune.run(listed(parsed.shape), seconds(parsed), parsed.json)
     report.finish()
     return 1 if report.failures else 0
 
@@ -197,10 +189,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line to a file, row by row")
     parser.add_argument("--budget", action="store_true", help="what kernels take of a GPU, against budgets.json")
     parser.add_argument("--update", action="store_true", help="with --budget: write what was found there instead")
-    parser.add_argument("--tune", action="store_true", help="attention, linear: find better tiles on this GPU")
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="with --tune: where the table goes instead of its place"
-    )
+    parser.add_argument("--tune", action="store_true", help="attention: find better tiles on this GPU for the table")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the rows")
     return parser.parse_args(arguments)
 

@@ -61,17 +61,6 @@ class _Driver:
         return 0
 
 
-def compile_for(architecture: str) -> None:
-    """Has this process compile for a GPU that need not be there, with which it can launch nothing from here on."""
-    import triton
-
-    from kernels.gpu.target import INTERPRETED
-
-    if INTERPRETED:
-        raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set")
-    triton.runtime.driver.set_active(_Driver(architecture))
-
-
 @contextlib.contextmanager
 def compiled(architecture: str) -> Iterator[list[Any]]:
     """Inside, launches on CPU tensors compile and run nothing; yields the list of what was compiled.
@@ -80,7 +69,11 @@ def compiled(architecture: str) -> Iterator[list[Any]]:
     """
     import triton
 
-    compile_for(architecture)
+    from kernels.gpu.target import INTERPRETED
+
+    if INTERPRETED:
+        raise ValueError("kernels cannot be compiled while TRITON_INTERPRET is set")
+    triton.runtime.driver.set_active(_Driver(architecture))
     triton.knobs.compilation.always_compile = True  # for the assembler's log, which no cache holds
     triton.knobs.nvidia.dump_ptxas_log = True
     with launches(compile_only=True) as kernels:

@@ -205,7 +205,6 @@ class WeightOnly:
     rows: int
     gated: bool = False
     dtype: torch.dtype = torch.bfloat16
-    outputs: int = 4096
 
     def __call__(self) -> None:
         from kernels.gpu.target import architecture
@@ -214,26 +213,18 @@ class WeightOnly:
         if self.kind == "fp8" and architecture() == "sm80":  # which has no such numbers
             return
         weight, x = self.weight(), torch.zeros(self.rows, 4096, dtype=self.dtype)
-        linear(
-            x,
-            weight,
-            None if self.outputs > 4096 else x[0],
-            "silu" if self.gated else "none",
-            self.gated,
-            None,
-            self.dtype,
-        )
+        linear(x, weight, x[0], "silu" if self.gated else "none", self.gated, None, self.dtype)
         if self.rows == 1 and self.kind != "float":
             dequantize(weight, slice(0, 4096), self.dtype)
 
     def weight(self) -> DeviceWeight:
-        size, scales = (self.outputs, 4096), torch.zeros(self.outputs, 128, dtype=torch.float16)
+        size, scales = (4096, 4096), torch.zeros(4096, 128, dtype=torch.float16)
         stored: QuantizedWeight | torch.Tensor = torch.zeros(size)
         if self.kind == "int8":
-            stored = QuantizedWeight(torch.zeros(size, dtype=torch.int8), torch.zeros(self.outputs))
+            stored = QuantizedWeight(torch.zeros(size, dtype=torch.int8), torch.zeros(4096))
         elif self.kind.startswith("int4"):
             minimums = scales if self.kind.endswith("minimums") else None
-            stored = QuantizedWeight(torch.zeros(self.outputs, 2048, dtype=torch.uint8), scales, minimums)
+            stored = QuantizedWeight(torch.zeros(4096, 2048, dtype=torch.uint8), scales, minimums)
         return DeviceWeight.pack(stored, "cpu", self.dtype, float8=self.kind == "fp8")
 
 
@@ -331,7 +322,6 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_cross_entropy/bf16": partial(linear_cross_entropy, torch.bfloat16),
     "linear_cross_entropy/bf16-softcap": partial(linear_cross_entropy, torch.bfloat16, 0.1, 1e-4, 30.0),
     "linear/int8-1": WeightOnly("int8", 1),
-    "linear/int8-1-wide": WeightOnly("int8", 1, outputs=11_008),
     "linear/int8-1-gated": WeightOnly("int8", 1, gated=True),
     "linear/int8-16": WeightOnly("int8", 16),
     "linear/int8-64": WeightOnly("int8", 64),
@@ -339,7 +329,6 @@ CASES: dict[str, Callable[[], None]] = {
     "linear/int8-1-fp16": WeightOnly("int8", 1, dtype=torch.float16),
     "linear/int8-16-fp32": WeightOnly("int8", 16, dtype=torch.float32),
     "linear/int4-1": WeightOnly("int4", 1),
-    "linear/int4-1-wide": WeightOnly("int4", 1, outputs=11_008),
     "linear/int4-1-gated": WeightOnly("int4", 1, gated=True),
     "linear/int4-16": WeightOnly("int4", 16),
     "linear/int4-16-gated": WeightOnly("int4", 16, gated=True),

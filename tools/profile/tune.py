@@ -35,11 +35,8 @@ SAMPLES = 15
 Run = Callable[[], tuple[Tensor, ...]]
 
 
-def run(names: list[str], seconds: float, path: Path | None, table_path: Path | None) -> Report:
-    """A row a candidate; the table is saved after each entry, at its own place or ``table_path``.
-
-    Raises ValueError for unknown names, or without a GPU.
-    """
+def run(names: list[str], seconds: float, path: Path | None) -> Report:
+    """A row a candidate; the table is saved after each entry. Raises ValueError for unknown names, or without a GPU."""
     if TRITON_DEVICE != "cuda":
         raise ValueError("--tune needs a GPU that the kernels run on")
     from kernels.gpu import attention_configs as configs
@@ -54,7 +51,7 @@ def run(names: list[str], seconds: float, path: Path | None, table_path: Path | 
     for name in wanted:
         best = tuned(mine[name], table, clock, seconds, report)
         table = [best if label(entry) == name and entry.architecture == best.architecture else entry for entry in table]
-        configs.save(table, table_path or configs.TABLE)
+        configs.save(table)
     return report
 
 
