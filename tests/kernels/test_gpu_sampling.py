@@ -289,15 +289,25 @@ def test_a_large_batch_of_a_large_vocabulary(params: dict[str, Any], dtype: torc
 @pytest.mark.gpu
 @pytest.mark.parametrize("params", [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"typical_p": 0.7}], ids=str)
 def test_many_draws_follow_the_distribution_and_are_those_of_the_cpu(params: dict[str, Any]) -> None:
+    check_many_draws(300, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", [{}, {"top_k": 12, "top_p": 0.9}], ids=str)
+def test_as_many_draws_interpreted(params: dict[str, Any]) -> None:
+    check_many_draws(24, params)
+
+
+def check_many_draws(vocab: int, params: dict[str, Any]) -> None:
     from scipy.stats import chisquare
 
     rows = 10_000
-    logits = make_logits(1, 300, seed=3, scale=1.5)[0]
+    logits = make_logits(1, vocab, seed=3, scale=1.5)[0]
     tokens = draws(logits, rows, **params)
     batch = SamplingBatch.build(rows, seed=11, position=range(rows), **params)
     assert (tokens != sample(logits.expand(rows, -1), batch).token_ids).sum() <= rows // 1000
     expected = reference.sampling_probabilities(logits[None], SamplingBatch.build(1, **params))[0] * rows
-    counts = torch.bincount(tokens, minlength=300)
+    counts = torch.bincount(tokens, minlength=vocab)
     assert counts[expected == 0].sum() == 0
     common = expected >= 5
     rest = float(expected[~common].sum())
