@@ -117,7 +117,8 @@ class DecodeGraphs:
                 sampling.launch(logits)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads do with the device in the meantime is no part of it, and no error.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._compute(tensors, sampling)
         return Step(buffer, sampling, graph, logits)
 

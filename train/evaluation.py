@@ -47,9 +47,11 @@ def decode(model: DecoderOnly | EncoderDecoder, tokenizer: Tokenizer, pairs: lis
     # Half again the longest reference: room to be wrong in, without letting a young model babble on.
     params = SamplingParams(temperature=0.0, max_tokens=longest * 3 // 2 + 2)
     room = max(longest_source, 1 + longest * 3 // 2 + 2)
+    # So few steps are over before their graphs would be captured.
     llm = LLM.from_model(
-        model, tokenizer, max_num_seqs=min(256, len(pairs)), max_model_len=min(room, model.config.max_seqlen)
-    )
+        model, tokenizer, max_num_seqs=min(256, len(pairs)), max_model_len=min(room, model.config.max_seqlen),
+        enforce_eager=True,
+    )  # fmt: skip
     outputs = llm.generate([pair.source for pair in pairs], params, use_tqdm=False)
     return [output.outputs[0].text for output in outputs]
 
