@@ -8,8 +8,10 @@ and their tokens are not stored.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +21,18 @@ from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.step_tensors import StepBuffer, StepShape, StepTensors, step_shape
 from engine.tensor_cache import Part, whole
-from kernels.graph_sampling import GraphSampling
+from kernels.graph_sampling import GraphSampling, Plan
 from kernels.sampling import Draw, SamplingBatch
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # beyond, multiples of the last
 FIRST_WIDTH, WIDENING = 32, 4  # blocks of a table: the least, and how many times wider the next one is
+MOST_GRAPHS = 64  # what requests ask of the sampler makes others; beyond these a step is launched kernel by kernel
+CAPTURING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One size's memory, and what runs it. ``logits`` is where a replay leaves them, ``sampling`` draws from them."""
+    """One size's memory, and what runs it. A replay leaves logits in ``logits``, or draws from them by ``sampling``."""
 
     buffer: StepBuffer
     sampling: GraphSampling | None
@@ -48,8 +52,14 @@ class DecodeGraphs:
         drawn: Tensor | None, *, captures: bool,
     ) -> None:  # fmt: skip
         self.run, self.cache, self.device, self.drawn, self.captures = run, cache, device, drawn, captures
-        self._steps: dict[tuple[StepShape, Hashable | None], Step] = {}
-        self._pool = torch.cuda.graph_pool_handle() if captures else None  # one memory for what all graphs compute in
+        self._steps: dict[tuple[StepShape, Plan | None], Step] = {}
+        # One memory for what all graphs compute in, and one stream that they are captured on.
+        self._pool = torch.cuda.graph_pool_handle() if captures else None
+        self._stream = torch.cuda.Stream(device) if captures else None
+
+    def forget(self) -> None:
+        """Nothing of what has been captured holds any more."""
+        self._steps.clear()
 
     def serve(self, batch: Batch) -> bool:
         return batch.decodes and bool((batch.wanted == 1).all())
@@ -60,21 +70,27 @@ class DecodeGraphs:
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (sequences, vocab), good until the next call."""
-        step = self._step(batch, None, None)
-        logits = self._replay(step, batch)
+        with self._on_device():
+            logits = self._replay(self._step(batch, None, None), batch)
+        assert logits is not None
         return logits[: len(batch.rows)]
 
-    def draw(self, batch: Batch, sampling: SamplingBatch, plan: Hashable) -> Draw:
-        """The next tokens, by parameters for ``size_of`` rows, of which ``plan`` is the plan: all in one launch."""
-        step = self._step(batch, sampling, plan)
-        assert step.sampling is not None
-        step.sampling.fill(sampling)
-        self._replay(step, batch)
-        return step.sampling.draw()
+    def draw(self, batch: Batch, sampling: SamplingBatch, plan: Plan) -> Draw:
+        """The next tokens, by parameters for ``size_of`` rows that ``plan`` makes room for: all in one launch."""
+        with self._on_device():
+            step = self._step(batch, sampling, plan)
+            assert step.sampling is not None
+            step.sampling.fill(sampling)
+            self._replay(step, batch)
+            return step.sampling.draw()
 
-    def _replay(self, step: Step, batch: Batch) -> Tensor:
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Streams, events and Triton's launches are the current device's, which need not be the model's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _replay(self, step: Step, batch: Batch) -> Tensor | None:
         tensors = step.buffer.fill(self.cache, batch)
-        if step.graph is None or step.logits is None:
+        if step.graph is None:
             return self._compute(tensors, step.sampling)
         step.graph.replay()
         return step.logits
@@ -87,10 +103,12 @@ class DecodeGraphs:
                 self.drawn[: len(token_ids)] = token_ids
         return logits
 
-    def _step(self, batch: Batch, sampling: SamplingBatch | None, plan: Hashable | None) -> Step:
+    def _step(self, batch: Batch, sampling: SamplingBatch | None, plan: Plan | None) -> Step:
         shape = self._shape(batch)
         if (step := self._steps.get((shape, plan))) is None:
-            step = self._steps[shape, plan] = self._prepare(shape, batch, sampling)
+            step = self._prepare(shape, batch, sampling, plan)
+            if len(self._steps) < MOST_GRAPHS:
+                self._steps[shape, plan] = step
         return step
 
     def _shape(self, batch: Batch) -> StepShape:
@@ -100,27 +118,30 @@ class DecodeGraphs:
             width *= WIDENING
         return StepShape(sequences, sequences, sequences, min(width, self.cache.tables.shape[1]))
 
-    def _prepare(self, shape: StepShape, batch: Batch, parameters: SamplingBatch | None) -> Step:
-        """Memory for steps of a shape, and their graph."""
+    def _prepare(
+        self, shape: StepShape, batch: Batch, parameters: SamplingBatch | None, plan: Plan | None
+    ) -> Step:  # fmt: skip
+        """Memory for steps of a shape, and their graph, if there may be another."""
         buffer = StepBuffer(shape, self.device)
-        sampling = None if parameters is None else GraphSampling(parameters, self.device)
-        if not self.captures:
+        sampling = None
+        if parameters is not None and plan is not None:
+            sampling = GraphSampling(parameters, plan, self.device)
+        if self._stream is None or len(self._steps) >= MOST_GRAPHS:
             return Step(buffer, sampling, None, None)
         tensors = buffer.fill(self.cache, batch)
         # Kernels are compiled, and libraries take their workspaces, on a first run that is not captured. It writes what
         # the replay will write again, but for the tokens that both read: those it may not draw.
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
             logits = self.run(tensors, whole(tensors, 1))
             if sampling is not None:
                 sampling.launch(logits)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do with the device in the meantime is no part of it, and no error.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # What other threads do with the device meanwhile is no part of it, and no error; but one captures at a time.
+        with CAPTURING, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             logits = self._compute(tensors, sampling)
-        return Step(buffer, sampling, graph, logits)
+        return Step(buffer, sampling, graph, None if sampling is not None else logits)
 
 
 def _next_size(count: int) -> int:

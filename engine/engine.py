@@ -56,6 +56,7 @@ class Engine:
     def add_request(self, request: Request) -> None:
         if self.weights_may_change and not self.scheduler.has_unfinished:
             self.cache.forget_all()
+            self.runner.follow_weights()
         self.scheduler.add(request)
 
     def has_unfinished_requests(self) -> bool:
@@ -84,6 +85,7 @@ class Engine:
             raise
         finally:
             self._stepping = False
+            self.clock.pause()
         _tell(changed)
         while self._to_abort:
             self.abort(self._to_abort.pop())
@@ -97,10 +99,15 @@ class Engine:
         following = self._launch(flight)
         if flight is not None:
             changed = self._land(flight)
-        if following is None or self.runner.drawn is not None:
+        if following is None or self._drawn is not None:
             self._flight = following
             return changed
         return self._land(following)
+
+    @property
+    def _drawn(self) -> Tensor | None:
+        """Where tokens wait for the next step, if it is sent before they arrive; whoever guesses has to see them."""
+        return self.runner.drawn if self.speculation is None else None
 
     def _launch(self, before: Flight | None) -> Flight | None:
         """Schedules a step and sets it going, behind the one ``before`` it, whose tokens may be pending."""
@@ -129,7 +136,8 @@ class Engine:
         if searches and flight.logits is not None:
             rows = [row for request in searches for row in outlets.searches[request]]
             self._advance(searches, _picked(flight.logits, rows).float())
-        changed = list(dict.fromkeys([*waited_for, *(s.request for s in outlets.scored), *outlets.searches]))
+        each = dict.fromkeys([*waited_for, *(s.request for s in outlets.scored), *outlets.searches])
+        changed = [request for request in each if self.scheduler.find(request.request_id) is request]  # not aborted
         self.scheduler.retire(changed)
         self._count(flight.schedule, outlets)
         return changed
@@ -208,7 +216,7 @@ class Engine:
 
     def _expect(self, sequences: list[Sequence]) -> None:
         """Takes note of tokens that have been drawn, where they are not waited for."""
-        if self.runner.drawn is not None:
+        if self._drawn is not None:
             for sequence in sequences:
                 sequence.num_pending += 1
 
@@ -265,8 +273,8 @@ class Engine:
             edit_logits(logits, edits, num_threads=self.num_threads)
         rows = [sequence.row.index for sequence in sequences if sequence.row is not None]
         drawn = draw(logits, self.columns.batch(sequences, lengths, rows), num_threads=self.num_threads)
-        if self.runner.drawn is not None:
-            self.runner.drawn[: len(sequences)] = drawn.token_ids
+        if self._drawn is not None:
+            self._drawn[: len(sequences)] = drawn.token_ids
         self._expect(sequences)
         self._sampling += time.perf_counter() - start
         return drawn
@@ -344,7 +352,7 @@ def _tell(requests: list[Request]) -> None:
     """Stamps what has happened to requests, and tells those who listen; what goes wrong there is theirs to see to."""
     now = time.perf_counter()
     for request in requests:
-        if request.metrics.first_token_time is None and request.forked:
+        if request.metrics.first_token_time is None and request.has_output:
             request.metrics.first_token_time = now
         if request.finished:
             request.metrics.finished_time = now

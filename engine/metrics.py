@@ -46,14 +46,19 @@ class StepClock:
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = 0
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
-        self._start = 0.0
+        self._start = self._carried = 0.0
 
     def start(self) -> None:
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - self._carried
+
+    def pause(self) -> None:
+        """What has passed since ``stop``, as in sending the next step, belongs to that step."""
+        self._carried = time.perf_counter() - self._start
 
     def stop(self, num_tokens: int) -> float:
-        """Returns the seconds since ``start``."""
-        seconds = time.perf_counter() - self._start
+        """Returns the seconds since the last call, less those from ``pause`` to ``start``."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
         self._recent.append((seconds, num_tokens))
         self.num_steps += 1
         self.num_tokens += num_tokens

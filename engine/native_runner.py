@@ -86,6 +86,9 @@ class NativeRunner:
     def draw(self, batch: Batch, sampling: SamplingBatch) -> Draw | None:
         return None
 
+    def follow_weights(self) -> None:
+        """They are packed: what the model learns later is not seen."""
+
     def take_seconds(self) -> dict[str, float]:
         programs = [program for program in (self.model.decode, self.model.encode) if program is not None]
         kinds = zip(*(program.take_seconds() for program in programs), strict=True)

@@ -263,5 +263,12 @@ class Request:
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
     @property
+    def has_output(self) -> bool:
+        """Whether a token has been generated."""
+        if self.beams is not None:
+            return self.beams.length > self.num_prompt
+        return any(len(sequence.token_ids) > self.num_prompt for sequence in self.sequences)
+
+    @property
     def finished(self) -> bool:
         return all(sequence.finish_reason is not None for sequence in self.sequences)

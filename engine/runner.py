@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Protocol, cast
 
 import numpy as np
@@ -14,7 +13,7 @@ from engine.decode_graphs import DecodeGraphs
 from engine.kv_cache import KVCache, Source
 from engine.step_tensors import StepBuffer, StepTensors, step_shape
 from engine.tensor_cache import CacheView, Part, TensorStorage, runs, whole
-from kernels.graph_sampling import plan_of
+from kernels.graph_sampling import Plan, plan_of
 from kernels.sampling import Draw, SamplingBatch
 from models.cache import Lengths
 from models.transformer import DecoderOnly, EncoderDecoder
@@ -53,6 +52,10 @@ class Runner(Protocol):
         """Runs a batch's tokens and draws the next ones; None, and nothing is done, where ``sampling`` is beyond it."""
         ...
 
+    def follow_weights(self) -> None:
+        """Takes note of weights that have been put elsewhere since, by someone who shares the model."""
+        ...
+
     def take_seconds(self) -> dict[str, float]:
         """Seconds since the last call, by kind of operation; nothing where the runner keeps no time."""
         ...
@@ -71,7 +74,8 @@ class TorchRunner:
         self.model, self.cache, self.storage, self.ragged = model, cache, storage, ragged
         self.drawn: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
-        self._planned: tuple[SamplingBatch, Hashable | None] | None = None  # the last one's, which often comes again
+        self._places: tuple[int, ...] = ()  # of the weights, which graphs read where they were
+        self._planned: tuple[SamplingBatch, Plan | None] | None = None  # the last one's, which often comes again
 
     def encode(self, sources: list[Source], *, wants_hidden: bool = False) -> list[Tensor]:
         hidden = self.encoder_hidden([source.token_ids for source in sources])
@@ -110,6 +114,12 @@ class TorchRunner:
             self._planned = sampling, plan_of(sampling)
         plan = self._planned[1]
         return None if self.graphs is None or plan is None else self.graphs.draw(batch, sampling, plan)
+
+    def follow_weights(self) -> None:
+        places = tuple(weight.data_ptr() for weight in self.model.parameters())
+        if self.graphs is not None and places != self._places:
+            self.graphs.forget()
+        self._places = places
 
     def run(self, tensors: StepTensors, parts: list[Part]) -> Tensor:
         """Logits (selected, vocab) of a step whose input is on the device."""

@@ -113,7 +113,8 @@ class Scheduler:
                     if sequence.broken:
                         self.cache.discard(sequence.row)
                     self._close(sequence)
-            if finished and self._requests.pop(request.request_id, None) is not None:
+            if finished and self._requests.get(request.request_id) is request:
+                del self._requests[request.request_id]
                 self._release_source(request)
                 if request in self.running:
                     self.running.remove(request)

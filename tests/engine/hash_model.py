@@ -79,6 +79,9 @@ class HashRunner:
     def draw(self, batch: Batch, sampling: SamplingBatch) -> Draw | None:
         return None
 
+    def follow_weights(self) -> None:
+        pass
+
     def take_seconds(self) -> dict[str, float]:
         return {}
 

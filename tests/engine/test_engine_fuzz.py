@@ -98,12 +98,13 @@ def check_accounts(engine: Engine) -> None:
 
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder_only"])
 @pytest.mark.parametrize(
-    ("caching", "guessing", "ahead"), [(True, True, False), (False, False, False), (True, False, True)]
+    ("caching", "guessing", "ahead"),
+    [(True, True, False), (False, False, False), (True, False, True), (True, True, True)],
 )
 def test_random_lives_of_an_engine(
     architecture: str, caching: bool, guessing: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """30,000 operations over the six cases, on a pool so small that requests are sent back all the time."""
+    """40,000 operations over the eight cases, on a pool so small that requests are sent back all the time."""
     rng, prompts = random.Random(f"{architecture} {caching} {guessing} {ahead}"), reader(architecture, MAX_LEN)
     engine = hash_engine(
         14 if prompts.config.is_encoder_decoder else 11,
@@ -151,3 +152,28 @@ def test_random_lives_of_an_engine(
     for request_id in list(alive):
         engine.abort(alive[request_id])
     assert not engine.has_unfinished_requests() and not any(engine.cache.pool.holders)
+
+
+@pytest.mark.parametrize("searches", [True, False])
+def test_what_is_on_its_way_of_an_aborted_request_is_not_its_successors(searches: bool) -> None:
+    """They have the same id; the first one's step was sent before it was aborted."""
+    prompts, engine = reader("decoder_only", MAX_LEN), hash_engine(20, 4, 8, MAX_LEN, 32, ahead=True)
+    told = []
+
+    def request() -> Request:
+        prompt = {"prompt_token_ids": [5, 6, 7]}
+        if searches:
+            return search_request(prompts, "a", prompt, BeamSearchParams(2, max_tokens=4, ignore_eos=True))
+        return prompts.request("a", prompt, SamplingParams(max_tokens=4, prompt_logprobs=1, ignore_eos=True), seed=1)
+
+    first, second = request(), request()
+    first.on_change = lambda changed: told.append(changed.finished)
+    engine.add_request(first)
+    engine.step()
+    engine.abort(first)
+    engine.add_request(second)
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert second.finished and len(told) == 1
+    assert second.sequences[0].finish_reason in ("stop", "length")
+    assert first.metrics.first_token_time is None
