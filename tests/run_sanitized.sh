@@ -36,7 +36,12 @@ watch_memory() {
     run_in "$copy" "$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)" "$@"
 }
 
-check_address() { watch_memory tests/kernels --ignore tests/kernels/test_triton_attention.py; }
+# Not those that are Triton's interpreter from end to end.
+check_address() {
+    watch_memory tests/kernels --ignore-glob 'tests/kernels/test_gpu_*' \
+        --ignore-glob 'tests/kernels/test_weight_only_*' --ignore tests/kernels/test_triton_attention.py \
+        --ignore tests/kernels/test_paged_attention.py
+}
 
 check_native() {
     watch_memory tests/kernels/test_{cached_attention,native_fuzz,packed_linear,program,threads}.py -k "not cpu_path"
