@@ -112,4 +112,7 @@ def test_a_step_of_one_token_each_is_the_graphs() -> None:
     run = runner.graphs.run
     runner.graphs.run = lambda tensors, parts: sizes.append(tensors.token_ids.shape[0]) or run(tensors, parts)  # type: ignore[func-returns-value]
     tokens(triton, prompts(3, 4, 5), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
-    assert runner.graphs.captures or sizes == [4, 4]  # two steps behind the prompts', of three sequences and a gap
+    if runner.graphs.captures:
+        assert any(step.graph is not None for step in runner.graphs._steps.values())
+    else:
+        assert sizes == [4, 4]  # two steps behind the prompts', of three sequences and a gap

@@ -6,7 +6,6 @@ vocabulary and draws by exponential noise, as vLLM does where it has no kernel o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from kernels.sampling import SamplingBatch, sample
 from tools.profile import ceilings
 from tools.profile.machine import Cell
 from tools.profile.report import Report
-from tools.profile.timing import interleaved
+from tools.profile.timing import captured, interleaved
 
 SHAPES = {"32k": ((1, 32_768),), "50k": ((32, 50_257),), "128k": ((1, 131_072), (128, 131_072))}
 PARAMS: dict[str, dict[str, Any]] = {
@@ -84,22 +83,3 @@ def _measure(
         "80%": ours.high * 1e3, "% of one read": 100 * on_gpu.nbytes / bandwidth / ours.median,
         "torch ms": timings["torch"].median * 1e3, "x torch": timings["torch"].median / ours.median,
     }  # fmt: skip
-
-
-def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """The function's launches as a CUDA graph, to be replayed; what it returns is kept alive."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = function()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay

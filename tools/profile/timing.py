@@ -107,7 +107,7 @@ def in_graphs(functions: Mapping[str, Sequence[Function]], seconds: float, devic
     """
     runs = {name: _all_of(calls) for name, calls in functions.items()}
     if device.type == "cuda":
-        runs = {name: _captured(run) for name, run in runs.items()}
+        runs = {name: captured(run) for name, run in runs.items()}
         timings: dict[str, list[float]] = {name: [] for name in runs}
         clock = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
         deadline = time.perf_counter() + seconds * len(runs)
@@ -132,7 +132,7 @@ def _all_of(calls: Sequence[Function]) -> Function:
     return run
 
 
-def _captured(run: Function) -> Function:
+def captured(run: Function) -> Function:
     """A graph of what ``run`` launches, after two runs that compile it; replayed once, too."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
